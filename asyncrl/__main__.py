@@ -1,0 +1,8 @@
+"""`python -m asyncrl` is the `asyncrl` command."""
+
+from __future__ import annotations
+
+from asyncrl.cli.main import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,101 @@
+"""Wires the engine together from a config and two ends: a sampler and a trainer.
+
+Everything here is on the event-loop side: the same wiring serves the real ends (run.py) and the fakes in
+virtual time (testing/simulation.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from asyncrl.config import Config
+from asyncrl.data import PromptStream, Rows
+from asyncrl.engine import Engine, EngineSettings, Record
+from asyncrl.rollout.advantages import advantage_function
+from asyncrl.rollout.batch import Batch
+from asyncrl.rollout.concurrency import controller
+from asyncrl.rollout.contract import Contract
+from asyncrl.rollout.failures import FailurePolicy
+from asyncrl.rollout.queue import GroupQueue
+from asyncrl.rollout.scheduler import PolicyFactory, RolloutFn, RolloutSettings, Scheduler
+from asyncrl.rollout.staleness import StalenessBudget
+from asyncrl.storage.ledger import Ledger, Writer
+from asyncrl.types import Sampler, Trainer
+
+
+def assemble(
+    config: Config,
+    rollout: RolloutFn,
+    rows: Rows,
+    *,
+    sampler: Sampler,
+    trainer: Trainer,
+    make_policy: PolicyFactory,
+    on_step: Callable[[Record, Batch], None],
+    on_gauges: Callable[[Mapping[str, float]], None] = lambda gauges: None,
+    contract: Contract | None = None,
+    canary_tolerance: float | None = None,
+    write_ledger: Writer | None = None,
+) -> Engine:
+    """An engine that is ready to `run`. The sampler and the trainer must have been entered."""
+    hard = config.staleness.policy == "wait"
+    queue = GroupQueue(config.prompt_groups_per_step, config.staleness.max_staleness if hard else None)
+    slots = controller(config.concurrency)
+    ledger = Ledger(write_ledger)
+    most_groups = config.max_steps * config.prompt_groups_per_step if config.max_steps else None
+    scheduler = Scheduler(
+        stream=PromptStream(rows, config.data, config.seed),
+        rollout=rollout,
+        make_policy=make_policy,
+        budget=StalenessBudget(config.budget_groups, most_groups),
+        slots=slots,
+        queue=queue,
+        ledger=ledger,
+        contract=contract or Contract(),
+        failures=FailurePolicy(config.rollout),
+        advantage=advantage_function(config.advantage),
+        settings=RolloutSettings(
+            group_size=config.completions_per_prompt,
+            timeout_s=config.rollout.timeout_s,
+            min_group_size=config.rollout.min_group_size,
+            keep_filtered=config.on_filtered == "drop",
+            pin_version=config.sampler.version_policy == "per_rollout",
+            seed=config.seed,
+        ),
+        live_version=lambda: sampler.version,
+    )
+    return Engine(
+        settings=engine_settings(config, canary_tolerance),
+        scheduler=scheduler,
+        queue=queue,
+        slots=slots,
+        ledger=ledger,
+        sampler=sampler,
+        trainer=trainer,
+        on_step=on_step,
+        on_gauges=on_gauges,
+    )
+
+
+def engine_settings(config: Config, canary_tolerance: float | None) -> EngineSettings:
+    return EngineSettings(
+        groups_per_step=config.prompt_groups_per_step,
+        chunks_per_step=config.pipeline_chunks_per_step,
+        max_staleness=config.staleness.max_staleness,
+        on_stale=config.staleness.on_stale,
+        hard_bound=config.staleness.policy == "wait" or config.staleness.on_stale != "train",
+        sync_interval=config.publish.weight_sync_interval,
+        publish_timeout_s=config.publish.timeout_s,
+        canary_tolerance=canary_tolerance,
+        stall_timeout_s=config.stall_timeout_s,
+        max_steps=config.max_steps,
+    )
+
+
+def steps_at_most(config: Config, rows: int) -> int:
+    """Optimizer steps of a run whose data is trained to the end: what the learning-rate schedule counts on."""
+    prompts = min(rows, config.data.max_rows or rows) * config.data.epochs
+    by_data = -(-prompts // config.prompt_groups_per_step)
+    return min(by_data, config.max_steps or by_data)
+
+

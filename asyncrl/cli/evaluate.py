@@ -1,0 +1,46 @@
+"""`asyncrl eval RUN_FOLDER|CONFIG.toml`"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from asyncrl.cli.config import load_config
+from asyncrl.cli.rollout_fn import load_rollout
+from asyncrl.cli.train import require_dataset
+from asyncrl.errors import ConfigError
+from asyncrl.storage.folder import RunFolder
+
+
+def evaluate(target: str, dataset: str | None, samples: int, overrides: Sequence[str]) -> int:
+    """Print the mean reward with its confidence interval; returns the exit code.
+
+    A run folder is evaluated with its final model, a config file with the model that it names.
+    """
+    if samples < 1:
+        raise ConfigError(f"--samples is {samples}, expected at least 1.")
+    given = ["--dataset", dataset] if dataset is not None else []
+    path = Path(target)
+    if path.is_dir():
+        folder = RunFolder(path.absolute())
+        given += ["--model", str(_final_model(folder))]
+        path = folder.config
+    config = load_config(path, [*given, *overrides])
+    rows = require_dataset(config)
+    rollout = load_rollout(config.rollout_fn, path.parent)
+    from asyncrl.run import evaluate as measure
+
+    result = measure(rollout, dataset=rows, config=config, samples=samples)
+    print(f"mean reward {result.mean:.4f} [{result.ci_low:.4f}, {result.ci_high:.4f}] (95%, {result.n} rollouts)")
+    return 0
+
+
+def _final_model(folder: RunFolder) -> Path:
+    if not folder.config.is_file():
+        raise ConfigError(f"{folder.root} is not a run folder: it has no config.toml.")
+    if not folder.model.is_dir():
+        raise ConfigError(
+            f"{folder.root} has no final model: the run did not end, or is not over yet. "
+            f"To evaluate the model that it started from, give its config: {folder.config}."
+        )
+    return folder.model

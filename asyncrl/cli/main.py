@@ -1,0 +1,110 @@
+"""The `asyncrl` command. Heavy things are imported by the command that needs them: `--help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from asyncrl.errors import AsyncRLError, UserError
+
+USER_ERROR, ENGINE_ERROR, INTERRUPTED = 2, 1, 130
+"""Exit codes: something the user wrote; the run could not go on; Ctrl-C (128 + SIGINT)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments, rest = _parser().parse_known_args(argv)
+    if rest and not arguments.takes_settings:
+        _parser().error(f"{arguments.command} does not know {' '.join(rest)}")
+    arguments.rest = rest
+    try:
+        return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return INTERRUPTED
+    except AsyncRLError as error:
+        if arguments.debug:
+            raise
+        _print_error(error)
+        return USER_ERROR if isinstance(error, UserError) else ENGINE_ERROR
+
+
+def _print_error(error: AsyncRLError) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, highlight=False).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="asyncrl", allow_abbrev=False, description="Train language models on asynchronous rollouts."
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(
+        name: str, about: str, takes_settings: bool = False, usage: str | None = None
+    ) -> argparse.ArgumentParser:
+        epilog = "Any setting of docs/configuration.md may follow: --section.field VALUE" if takes_settings else None
+        made = commands.add_parser(
+            name, help=about, description=about, parents=[common], allow_abbrev=False, epilog=epilog, usage=usage
+        )
+        made.set_defaults(run=_RUN[name], takes_settings=takes_settings)
+        return made
+
+    train = command(
+        "train", "Train as a config file says.", True, "asyncrl train CONFIG.toml [--section.field VALUE ...]"
+    )
+    train.add_argument("config", metavar="CONFIG.toml")
+    demo = command("demo", "Train a tiny tool-using agent on this machine, start to end.")
+    demo.add_argument("--sampler", choices=("transformers", "vllm"), default="transformers")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--lora", action="store_true", help="train an adapter instead of the full model")
+    demo.add_argument("--out", metavar="DIR", help="run folder (default: runs/<time>)")
+    evaluate = command("eval", "Measure the mean reward on a dataset.", True)
+    evaluate.add_argument("target", metavar="RUN_FOLDER|CONFIG.toml")
+    evaluate.add_argument("--dataset", metavar="FILE", help="rows to use instead of the config's")
+    evaluate.add_argument("--samples", type=int, default=1, metavar="N", help="rollouts of each row (default: 1)")
+    command("doctor", "Show what is installed, what a run would use, and how to mend what is missing.")
+    command("version", "Show the version.")
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from asyncrl.cli.train import train
+
+    return train(arguments.config, arguments.rest)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from asyncrl.demo import main as run_demo
+
+    argv = ["--sampler", arguments.sampler, "--seed", str(arguments.seed)]
+    argv += ["--lora"] if arguments.lora else []
+    argv += ["--out", arguments.out] if arguments.out else []
+    return int(run_demo(argv) or 0)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from asyncrl.cli.evaluate import evaluate
+
+    return evaluate(arguments.target, arguments.dataset, arguments.samples, arguments.rest)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from asyncrl.cli.doctor import doctor
+
+    return doctor()
+
+
+def _version(arguments: argparse.Namespace) -> int:
+    import asyncrl
+
+    print(f"asyncrl {asyncrl.__version__}")
+    return 0
+
+
+_RUN = {"train": _train, "demo": _demo, "eval": _eval, "doctor": _doctor, "version": _version}

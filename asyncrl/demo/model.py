@@ -1,0 +1,81 @@
+"""The demo's model: a tiny one with its own tokenizer, taught to imitate a clumsy agent.
+
+Made anew on each machine in about a minute, because many machines have no hub, and nothing has to be downloaded.
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from asyncrl.config import Config, LossConfig, OptimizerConfig
+from asyncrl.demo.demonstrations import demonstration
+from asyncrl.demo.task import calculator, problems
+from asyncrl.testing.models import tiny_model, tiny_tokenizer
+from asyncrl.types import TrainSequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CALL_BEGIN = f'<tool_call>\n{{"name": "{calculator.name}", "arguments": {{"expression": "'
+CALL_END = '"}}\n</tool_call>'
+
+WORDS = (CALL_BEGIN, CALL_END, *(f"<|im_start|>{role}\n" for role in ("user", "assistant", "tool")))
+"""Whole markup as single tokens, so that a call costs about 8 tokens and not 70."""
+
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+        {{- (call.function.arguments | tojson) + '}\\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+"""ChatML without the schemas of the tools: this model has learned the only one it will ever see."""
+
+
+def demo_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per letter but for the markup."""
+    return tiny_tokenizer(words=WORDS, chat_template=CHAT_TEMPLATE)
+
+
+def make_model(folder: Path, *, seed: int, steps: int = 300, batch: int = 64) -> Path:
+    """Write a model that has seen `steps` times `batch` demonstrations to `folder`."""
+    from asyncrl.losses import cross_entropy
+    from asyncrl.training.trainer import TorchTrainer
+
+    tokenizer = demo_tokenizer()
+    random_model = tiny_model(
+        folder / "random", kind="qwen3", hidden=128, layers=3, max_seq_len=256, seed=seed, tokenizer=tokenizer
+    )
+    config = Config(
+        model=str(random_model),
+        optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup_steps=20, weight_decay=0.01),
+        loss=LossConfig(kl_beta=0.0),
+    )
+    trainer = TorchTrainer(config, total_steps=steps, weights_format="tensors")
+    rng = random.Random(seed)
+    shown = problems(seed, held_out=False)
+    for _ in range(steps):
+        talks = [demonstration(problem, rng) for problem in islice(shown, batch)]
+        trainer.forward_backward_custom([supervised(tokenizer, talk) for talk in talks], cross_entropy)
+        trainer.optim_step()
+    trainer.save_model(folder / "warm")
+    return folder / "warm"
+
+
+def supervised(tokenizer: Any, messages: list[dict[str, Any]]) -> TrainSequence:
+    """A conversation whose assistant turns are trained, each with the token that ends it."""
+    ids: list[int] = tokenizer.apply_chat_template(messages, return_dict=False)
+    speaker, end = tokenizer.convert_tokens_to_ids(["<|im_start|>assistant\n", "<|im_end|>"])
+    mask: list[int] = []
+    speaking = 0
+    for token in ids:
+        mask.append(speaking)
+        speaking = 1 if token == speaker else 0 if token == end else speaking
+    return TrainSequence(ids, [0.0] * len(ids), mask, advantage=1.0, group=0)

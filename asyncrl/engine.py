@@ -1,0 +1,412 @@
+"""The loop: take, step, publish, log, save.
+
+    consumes    groups from the queue that the scheduler fills
+    produces    optimizer steps, live weights, one record per step
+    waits for   groups, the trainer, the publication before the last
+    woken by    a finished group, the end of the data, a stop
+
+The trainer goes on with the next batch while weights travel to the sampler; it waits for a publication only
+when the next one is due.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import anyio
+import structlog
+
+from asyncrl.errors import CanaryError, EngineError, SamplerRequestError, StallError
+from asyncrl.rollout.batch import Batch, chunk_sizes
+from asyncrl.rollout.concurrency import ConcurrencyController
+from asyncrl.rollout.queue import GroupQueue
+from asyncrl.rollout.scheduler import Scheduler
+from asyncrl.rollout.staleness import Verdict
+from asyncrl.storage.ledger import Ledger
+from asyncrl.types import Group, Load, Probe, Sampler, StepResult, Trainer, TrainSequence, Weights
+
+LOAD_EVERY_S = 0.25
+"""How often the sampler is asked for its load: short against a rollout, long against the few ms that it costs."""
+LOAD_LIMIT_S = 5.0
+
+Record = dict[str, float]
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """The settings of `Config` that the loop needs."""
+
+    groups_per_step: int
+    chunks_per_step: int
+    max_staleness: int
+    on_stale: Verdict
+    hard_bound: bool
+    sync_interval: int
+    publish_timeout_s: float
+    canary_tolerance: float | None
+    """None: no canary."""
+    stall_timeout_s: float
+    max_steps: int | None
+
+
+@dataclass(slots=True)
+class Times:
+    """Where the wall time of a step went, in seconds. `publish_s` overlaps with the others."""
+
+    wait_s: float = 0.0
+    train_s: float = 0.0
+    publish_wait_s: float = 0.0
+    publish_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Engine:
+    """Owns the step count, the batch being trained, and the publication under way."""
+
+    settings: EngineSettings
+    scheduler: Scheduler
+    queue: GroupQueue
+    slots: ConcurrencyController
+    ledger: Ledger
+    sampler: Sampler
+    trainer: Trainer
+    on_step: Callable[[Record, Batch], None]
+    on_gauges: Callable[[Mapping[str, float]], None] = lambda gauges: None
+    step: int = 0
+    """Optimizer steps taken."""
+    published: int = 0
+    """The version that is live in the sampler."""
+    worst_staleness: int = 0
+    requeued: int = 0
+    dropped: int = 0
+    stopping: bool = False
+    _phase: str = "starting"
+    _phase_since: float = 0.0
+    _load: Load | None = None
+    _times: Times = field(default_factory=Times)
+    _publication: asyncio.Task[None] | None = None
+    _canary_diff: float = 0.0
+    _started_at: float = 0.0
+    _step_began_at: float = 0.0
+    _tokens_seen: int = 0
+
+    async def run(self) -> None:
+        """Train until the data ends, `max_steps` is reached, or `stop` is called.
+
+        Raises:
+            EngineError: whatever ends the run early, the first cause.
+        """
+        self._started_at = self._step_began_at = _now()
+        try:
+            async with self.scheduler, anyio.create_task_group() as helpers:
+                helpers.start_soon(self._watch_load, name="asyncrl load monitor")
+                helpers.start_soon(self._watch_progress, name="asyncrl watchdog")
+                self.scheduler.pump()
+                await self._train()
+                helpers.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
+        finally:
+            await self._end_publication()
+
+    def stop(self) -> None:
+        """Finish the step under way, publish it, and end."""
+        self.stopping = True
+        self.scheduler.stop()
+
+    # The loop
+
+    async def _train(self) -> None:
+        while not self._done():
+            batch = await self._collect()
+            if batch is None:
+                break
+            result = await self._optimize(batch)
+            await self._publish_if_due()
+            self._report(batch, result)
+        if self.published < self.step and self.settings.sync_interval:
+            await self._publish()
+            await self._published()
+
+    def _done(self) -> bool:
+        return self.stopping or (self.settings.max_steps is not None and self.step >= self.settings.max_steps)
+
+    async def _collect(self) -> Batch | None:
+        """One optimizer batch, each chunk trained as soon as it is full. None: nothing is left to train."""
+        s = self.settings
+        batch = Batch(self.step, s.max_staleness, s.on_stale, s.hard_bound)
+        self.queue.order.begin_batch(self.step)
+        for size in chunk_sizes(s.groups_per_step, s.chunks_per_step):
+            groups = await self._take(batch, size)
+            sequences = [sequence for group in groups for sequence in batch.add(group)]
+            if sequences:
+                await self._forward_backward(sequences)
+            if len(groups) < size:
+                break
+        self._raise_failure()
+        return None if self.stopping or not batch.groups else batch
+
+    async def _take(self, batch: Batch, size: int) -> list[Group]:
+        """The next groups, oldest first; fewer than `size` only when no more will come."""
+        groups: list[Group] = []
+        with self._timed("wait_s"):
+            while len(groups) < size:
+                self._enter(f"waiting for group {len(batch.groups) + len(groups) + 1} of step {self.step + 1}")
+                group = await self.queue.take()
+                if group is None:
+                    break
+                verdict = batch.verdict(group)
+                if verdict in ("train", "mask"):
+                    groups.append(group)
+                else:
+                    self._send_away(group, requeue=verdict == "requeue")
+        return groups
+
+    def _send_away(self, group: Group, *, requeue: bool) -> None:
+        """The group is too old to be trained."""
+        self.queue.order.put_back()
+        if requeue:
+            self.requeued += 1
+            self.scheduler.requeue(group)
+        else:
+            self.dropped += 1
+            self.scheduler.reject(group, "stale")
+
+    async def _forward_backward(self, sequences: Sequence[TrainSequence]) -> None:
+        self._enter(f"training step {self.step + 1}: {len(sequences)} sequences forward and backward")
+        with self._timed("train_s"):
+            await self.trainer.forward_backward(sequences)
+
+    async def _optimize(self, batch: Batch) -> StepResult | None:
+        """One optimizer step. None: no group of the batch carried signal, so there is nothing to step on."""
+        if not batch.sequences:
+            for group in batch.groups:
+                self.ledger.filtered((group.epoch, group.row))
+                self.scheduler.budget.leave()
+            self.scheduler.pump()
+            return None
+        self._enter(f"training step {self.step + 1}: optimizer")
+        with self._timed("train_s"):
+            result = await self.trainer.optim_step()
+        self.step += 1
+        assert result.step == self.step, f"the trainer counts {result.step} steps, the engine {self.step}"
+        self.worst_staleness = max(self.worst_staleness, batch.staleness.highest)
+        for group in batch.groups:
+            key = (group.epoch, group.row)
+            if group.advantages:
+                self.ledger.trained(key, self.step)
+            else:
+                self.ledger.filtered(key)
+        self.scheduler.budget.trained(len(batch.groups), self.step)
+        return result
+
+    # Publication
+
+    async def _publish_if_due(self) -> None:
+        interval = self.settings.sync_interval
+        if not interval:
+            self.scheduler.published(self.step)
+        elif self.step % interval == 0 and self.step > self.published:
+            await self._publish()
+
+    async def _publish(self) -> None:
+        """Start a hot-load of the current weights, once the one before it has ended."""
+        with self._timed("publish_wait_s"):
+            await self._published()
+            self._enter(f"exporting version {self.step}")
+            weights = await self.trainer.save_weights_for_sampler()
+        assert weights.version == self.step
+        self._publication = asyncio.create_task(self._hot_load(weights), name=f"asyncrl hot-load of {self.step}")
+        self._publication.add_done_callback(self._publication_ended)
+
+    async def _hot_load(self, weights: Weights) -> None:
+        began = _now()
+        limit = self.settings.publish_timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                await self.sampler.publish(weights)
+                if weights.probe is not None:
+                    await self.check_canary(weights.probe, weights.version)
+        except TimeoutError:
+            raise EngineError(
+                f"the hot-load of version {weights.version} took longer than publish.timeout_s={limit:g} s. "
+                "The sampler's log may say why; raise the limit if the model is that large."
+            ) from None
+        self._times.publish_s += _now() - began
+        self.published = weights.version
+        self.scheduler.published(weights.version)
+
+    async def check_canary(self, probe: Probe, version: int) -> None:
+        """Sampler and trainer must agree on the log-probs of the probe.
+
+        Raises:
+            CanaryError: with both numbers.
+        """
+        tolerance = self.settings.canary_tolerance
+        if tolerance is None:
+            return
+        scored = await self.sampler.score(probe.tokens, version)
+        worst = max(range(len(scored)), key=lambda t: abs(scored[t] - probe.logprobs[t]))
+        self._canary_diff = abs(scored[worst] - probe.logprobs[worst])
+        if not self._canary_diff <= tolerance:
+            raise CanaryError(
+                f"sampler and trainer disagree about version {version}: token {worst + 1} of the probe has log-prob "
+                f"{scored[worst]:.5f} in the sampler and {probe.logprobs[worst]:.5f} in the trainer, more than "
+                f"{tolerance:g} apart. The weights did not arrive as they were sent, or the two load different "
+                "models. Nothing drawn from them can be trusted, so the run ends."
+            )
+
+    def _publication_ended(self, task: asyncio.Task[None]) -> None:
+        """A publication that failed ends the run at once, not at the next publication."""
+        if not task.cancelled() and task.exception() is not None:
+            self.scheduler.stop()
+
+    async def _published(self) -> None:
+        if self._publication is not None:
+            self._enter(f"waiting for the hot-load after step {self.published}")
+            publication, self._publication = self._publication, None
+            await publication
+
+    async def _end_publication(self) -> None:
+        if self._publication is not None:
+            self._publication.cancel()
+            await asyncio.wait([self._publication])
+
+    # What may go wrong
+
+    def _raise_failure(self) -> None:
+        if self._publication is not None and self._publication.done():
+            self._publication.result()
+        if self.scheduler.failed.done():
+            self.scheduler.failed.result()
+
+    async def _watch_load(self) -> None:
+        """Tell the concurrency controller how busy the sampler is."""
+        while True:
+            try:
+                with anyio.fail_after(LOAD_LIMIT_S):
+                    self._load = await self.sampler.load()
+            except (TimeoutError, SamplerRequestError) as error:
+                log.info("no load metrics", error=repr(error))
+            else:
+                before = self.slots.window_size
+                self.slots.observe(self._load, _now())
+                if self.slots.window_size != before:
+                    log.info("window", size=self.slots.window_size, was=before)
+                    self.scheduler.pump()
+            self.on_gauges(self.gauges())
+            await anyio.sleep(LOAD_EVERY_S)
+
+    async def _watch_progress(self) -> None:
+        """End the run when nothing has moved for too long."""
+        limit = self.settings.stall_timeout_s
+        seen, since = None, _now()
+        while True:
+            marks = (self.scheduler.finished_rollouts, self.step, self.published, self._phase, self._generated())
+            if marks != seen:
+                seen, since = marks, _now()
+            elif _now() - since >= limit:
+                raise StallError(self.describe(f"nothing has moved for stall_timeout_s={limit:g} s"))
+            await anyio.sleep(limit / 20)
+
+    def _generated(self) -> int:
+        return self._load.generated_tokens if self._load is not None else 0
+
+    def describe(self, headline: str) -> str:
+        """Who waits for what, since when."""
+        now = _now()
+        lines = [
+            f"{headline}.",
+            f"engine: {self._phase}, for {now - self._phase_since:.0f} s",
+            f"queue: {len(self.queue)} finished groups, {self.scheduler.open_groups} unfinished",
+            f"slots: {self.slots.in_flight} of {self.slots.window_size} rollouts; "
+            f"staleness budget: {self.scheduler.budget.free} of {self.scheduler.budget.slots} groups free",
+            f"sampler: {self._load}",
+        ]
+        lines += [f"rollout: {member}, for {age_s:.0f} s" for member, age_s in self.scheduler.oldest()]
+        return "\n".join(lines)
+
+    # What it tells
+
+    def _enter(self, phase: str) -> None:
+        self._phase, self._phase_since = phase, _now()
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = _now()
+        try:
+            yield
+        finally:
+            setattr(self._times, name, getattr(self._times, name) + _now() - began)
+
+    def gauges(self) -> dict[str, float]:
+        """How things stand now."""
+        load = self._load or Load(0, 0)
+        return {
+            "step": self.step,
+            "in_flight": self.slots.in_flight,
+            "window": self.slots.window_size,
+            "queue_groups": len(self.queue),
+            "budget_free": self.scheduler.budget.free,
+            "sampler_running": load.running,
+            "sampler_waiting": load.waiting,
+            "kv_use": load.kv_use if load.kv_use is not None else 0.0,
+            "tokens_generated": load.generated_tokens,
+            "rollouts_finished": self.scheduler.finished_rollouts,
+            "published": self.published,
+        }
+
+    def _report(self, batch: Batch, result: StepResult | None) -> None:
+        now = _now()
+        counts, times = self.scheduler.take_counts(), self._times
+        step_s, self._step_began_at, self._times = now - self._step_began_at, now, Times()
+        tokens, self._tokens_seen = self._generated() - self._tokens_seen, self._generated()
+        rewards = [reward for group in batch.trained for reward in group.rewards]
+        record: Record = {
+            **self.gauges(),
+            **self.slots.step_completed(),
+            "step": self.step,
+            "time_s": now - self._started_at,
+            "step_s": step_s,
+            "wait_s": times.wait_s,
+            "train_s": times.train_s,
+            "publish_wait_s": times.publish_wait_s,
+            "publish_s": times.publish_s,
+            "reward_mean": counts.reward_sum / counts.reward_count if counts.reward_count else 0.0,
+            "reward_trained_mean": sum(rewards) / len(rewards) if rewards else 0.0,
+            "groups_trained": len(batch.trained),
+            "groups_filtered": counts.filtered,
+            "groups_rejected": counts.rejected,
+            "members_failed": counts.lost,
+            "members_retried": counts.retried,
+            "members_dropped": counts.dropped,
+            "samples": batch.sequences,
+            "samples_per_s": batch.sequences / step_s if step_s else 0.0,
+            "tokens_per_s": tokens / step_s if step_s else 0.0,
+            "staleness_mean": batch.staleness.mean,
+            "staleness_max": batch.staleness.highest,
+            "staleness_min": batch.staleness.lowest,
+            "stale_masked_tokens": batch.staleness.masked_tokens,
+            "stale_requeued": self.requeued,
+            "stale_dropped": self.dropped,
+            "canary_diff": self._canary_diff,
+            **(result.metrics if result is not None else {}),
+        }
+        self.on_step(record, batch)
+
+
+def _now() -> float:
+    """Seconds on the loop's clock, which is monotonic, and virtual in simulations."""
+    return asyncio.get_running_loop().time()
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The failure that came first, out of the groups that task groups wrap it in."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

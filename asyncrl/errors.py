@@ -1,0 +1,101 @@
+"""Every error that asyncrl raises, in one tree.
+
+    AsyncRLError
+    ├── UserError (ValueError)          something the user wrote
+    │   ├── ConfigError                 a setting, or a combination of settings
+    │   ├── DataError                   a dataset, with file and line
+    │   ├── ModelError                  a model or tokenizer that cannot be used
+    │   └── RolloutContractError        what a rollout function returned
+    ├── RolloutError                    one rollout failed; the run need not
+    │   ├── RecoverableRolloutError     raise it yourself to have the member drawn again
+    │   ├── RolloutTimeout              the rollout took longer than `rollout.timeout_s`
+    │   └── SamplerRequestError         the sampler refused or lost one request
+    └── EngineError                     the run cannot go on
+        ├── RolloutFailed               a rollout failed in a way that is fatal
+        ├── BreakerOpen                 too many rollouts failed in a row: an outage
+        ├── SamplerError                the sampler cannot start, or died
+        ├── CanaryError                 sampler and trainer disagree after a hot-load
+        ├── TrainerError                out of memory, NaN, an optimizer step that failed
+        └── StallError                  nothing moved for `stall_timeout_s`
+
+A message says what was found, what was expected, and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class AsyncRLError(Exception):
+    """The root of the tree."""
+
+
+class UserError(AsyncRLError, ValueError):
+    """Something that the user wrote cannot be used."""
+
+
+class ConfigError(UserError):
+    """A setting, or a combination of settings, that cannot be used."""
+
+
+class DataError(UserError):
+    """A dataset, or a row of one, that cannot be used."""
+
+
+class ModelError(UserError):
+    """A model or a tokenizer that cannot be found or used."""
+
+
+class RolloutContractError(UserError):
+    """A rollout function returned something that cannot be trained on."""
+
+
+class RolloutError(AsyncRLError):
+    """One rollout failed. The run goes on."""
+
+
+class RecoverableRolloutError(RolloutError):
+    """Raise it in a rollout function to have this group member drawn again."""
+
+
+class RolloutTimeout(RolloutError):
+    """A rollout took longer than `rollout.timeout_s`."""
+
+
+class SamplerRequestError(RolloutError):
+    """The sampler refused or lost one request.
+
+    `status` is the HTTP status where there was one, else None (a lost connection, a time-out).
+    `recoverable` says whether asking again can help.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None, recoverable: bool = True) -> None:
+        super().__init__(message)
+        self.status = status
+        self.recoverable = recoverable
+
+
+class EngineError(AsyncRLError):
+    """The run cannot go on."""
+
+
+class RolloutFailed(EngineError):
+    """A rollout failed in a way that asking again would not mend."""
+
+
+class BreakerOpen(EngineError):
+    """Too many rollouts failed one after the other: an outage, not bad luck."""
+
+
+class SamplerError(EngineError):
+    """The sampler cannot start, or died."""
+
+
+class CanaryError(EngineError):
+    """After a hot-load, sampler and trainer disagree on the log-probs of the probe."""
+
+
+class TrainerError(EngineError):
+    """The trainer cannot go on."""
+
+
+class StallError(EngineError):
+    """Nothing moved for `stall_timeout_s`."""

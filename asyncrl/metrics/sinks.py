@@ -1,0 +1,159 @@
+"""Where step records go: a file in the run folder, always, and the trackers that the user asked for.
+
+`write` runs on the event loop once per optimizer step, so a sink must only hand the record over.
+The trackers all send from threads or processes of their own; the file is flushed to the system,
+not to the disk.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from asyncrl.config import Config
+from asyncrl.errors import ConfigError
+from asyncrl.metrics.jsonl import JsonlFile
+from asyncrl.metrics.names import StepRecord
+
+
+class MetricSink(Protocol):
+    """Takes the record of each step."""
+
+    def write(self, record: StepRecord) -> None:
+        """Hand one record over. Does not wait for disk or network."""
+
+    def close(self) -> None:
+        """Send what is left. May wait. Called once."""
+
+
+class JsonlSink:
+    """`metrics.jsonl`: one line per step."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = JsonlFile(folder / "metrics.jsonl")
+
+    def write(self, record: StepRecord) -> None:
+        self._file.write(record)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class WandbSink:
+    """Weights & Biases. Its own variables rule: `WANDB_PROJECT`, `WANDB_ENTITY`, `WANDB_MODE=offline`, ..."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        wandb = _tracker("wandb", "wandb")
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "asyncrl"),
+            name=folder.name,
+            dir=folder,
+            config=dict(settings),
+            settings=wandb.Settings(console="off"),  # its capture of the terminal and the live view would fight
+        )
+
+    def write(self, record: StepRecord) -> None:
+        self._run.log(dict(record), step=int(record["step"]))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoardSink:
+    """TensorBoard event files in `tensorboard/`. Written with `tensorboard` alone, so that no torch is loaded."""
+
+    def __init__(self, folder: Path) -> None:
+        writer = _tracker("tensorboard.summary.writer.event_file_writer", "tensorboard")
+        self._events = import_module("tensorboard.compat.proto.event_pb2")
+        self._summaries = import_module("tensorboard.compat.proto.summary_pb2")
+        self._writer = writer.EventFileWriter(str(folder / "tensorboard"))
+
+    def write(self, record: StepRecord) -> None:
+        values = [self._summaries.Summary.Value(tag=name, simple_value=v) for name, v in _numbers(record).items()]
+        summary = self._summaries.Summary(value=values)
+        event = self._events.Event(step=int(record["step"]), wall_time=time.time(), summary=summary)
+        self._writer.add_event(event)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class TrackioSink:
+    """Trackio: a local, free tracker with the calls of wandb. `TRACKIO_PROJECT` names the project."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        trackio = _tracker("trackio", "trackio")
+        project = os.environ.get("TRACKIO_PROJECT", "asyncrl")
+        self._run = trackio.init(project=project, name=folder.name, config=dict(settings))
+
+    def write(self, record: StepRecord) -> None:
+        values = {name: value for name, value in record.items() if name != "step"}  # a word of its own there
+        self._run.log(values, step=int(record["step"]))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class SinkList:
+    """Several sinks as one."""
+
+    def __init__(self, sinks: Sequence[MetricSink]) -> None:
+        self._sinks = tuple(sinks)
+
+    def write(self, record: StepRecord) -> None:
+        for sink in self._sinks:
+            sink.write(record)
+
+    def close(self) -> None:
+        """Close every sink, also when one of them raises."""
+        with ExitStack() as stack:
+            for sink in self._sinks:
+                stack.callback(sink.close)
+
+
+def open_sinks(trackers: Sequence[str], folder: Path, config: Config) -> SinkList:
+    """`metrics.jsonl` and the trackers of `config.trackers`.
+
+    Blocks while a tracker starts (wandb: seconds), so call it before the loop does anything.
+    Raises `ConfigError` when a tracker is not installed.
+    """
+    settings = config.model_dump(mode="json")
+    with ExitStack() as opened:
+        sinks: list[MetricSink] = []
+        for name in dict.fromkeys(trackers):
+            sinks.append(_open_tracker(name, folder, settings))
+            opened.callback(sinks[-1].close)
+        sinks.append(JsonlSink(folder))
+        opened.pop_all()
+    return SinkList(sinks)
+
+
+def _open_tracker(name: str, folder: Path, settings: Mapping[str, Any]) -> MetricSink:
+    match name:
+        case "wandb":
+            return WandbSink(folder, settings)
+        case "tensorboard":
+            return TensorBoardSink(folder)
+        case "trackio":
+            return TrackioSink(folder, settings)
+    raise ConfigError(f"trackers: there is no tracker {name!r}. Use 'wandb', 'tensorboard' or 'trackio'.")
+
+
+def _tracker(module: str, package: str) -> Any:
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"trackers asks for {package!r}, which cannot be imported ({error}). "
+            f"Install it with: pip install 'asyncrl[{package}]'"
+        ) from error
+
+
+def _numbers(record: StepRecord) -> dict[str, float]:
+    return {k: v for k, v in record.items() if not isinstance(v, str) and math.isfinite(v) and k != "step"}

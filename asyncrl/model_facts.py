@@ -1,0 +1,98 @@
+"""What a run must know of a model before it is loaded: sizes and stop tokens, from its configuration files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asyncrl.errors import ModelError
+
+LONGEST_DEFAULT_TOKENS = 8192
+"""`max_seq_len` where the user names none: what the model allows, but not the 128k of some."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    vocabulary: int
+    """Token ids are below it."""
+    max_seq_len: int
+    """Longest sequence in tokens."""
+    stop_token_ids: tuple[int, ...]
+    """The model's own end-of-turn and end-of-text tokens."""
+
+
+def read_facts(model: str, max_seq_len: int | None) -> ModelFacts:
+    """Read the configuration of `model`, a folder or a name on the hub.
+
+    Raises:
+        ModelError: there is no such model, or `max_seq_len` is more than it can take.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ModelError(_not_found(model, error)) from None
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    if max_seq_len is not None and longest is not None and max_seq_len > longest:
+        raise ModelError(
+            f"max_seq_len is {max_seq_len}, but {model} takes at most {longest} tokens. Lower max_seq_len."
+        )
+    return ModelFacts(
+        vocabulary=text.vocab_size,
+        max_seq_len=max_seq_len or min(longest or LONGEST_DEFAULT_TOKENS, LONGEST_DEFAULT_TOKENS),
+        stop_token_ids=_stop_tokens(model, text),
+    )
+
+
+def load_tokenizer(model: str) -> Any:
+    """The `transformers` tokenizer of `model`.
+
+    Raises:
+        ModelError: it has none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the tokenizer of {model} cannot be loaded: {_first_line(error)}") from None
+
+
+def adapter_base(folder: str) -> dict[str, Any] | None:
+    """The `adapter_config.json` of a folder that holds a LoRA adapter, else None."""
+    path = Path(folder) / "adapter_config.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _stop_tokens(model: str, config: Any) -> tuple[int, ...]:
+    from transformers import GenerationConfig
+
+    found: list[int] = []
+    try:
+        sources = [config, GenerationConfig.from_pretrained(model)]
+    except OSError:
+        sources = [config]
+    for source in sources:
+        ids = source.eos_token_id
+        found += [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
+    return tuple(sorted(set(found)))
+
+
+def _not_found(model: str, error: Exception) -> str:
+    if Path(model).exists():
+        return (
+            f"{model} holds no model that transformers can open: {_first_line(error)} "
+            "Expected a folder with config.json and safetensors, as save_pretrained writes it."
+        )
+    return (
+        f"there is no model {model!r}: no such folder here, and the Hugging Face hub did not give it "
+        f"({_first_line(error)}). Check the name, the network, and `hf auth login` for gated models."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

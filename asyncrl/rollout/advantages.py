@@ -1,0 +1,70 @@
+"""Advantages over one prompt group. Pure, on plain floats; formulas in docs/objectives.md.
+
+r is the list of a group's rewards, n its length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from asyncrl.errors import ConfigError
+
+Advantage = Callable[[list[float]], list[float]]
+
+
+def grpo(rewards: list[float]) -> list[float]:
+    """(r - mean) / (std + 1e-6), with the population standard deviation (arXiv:2402.03300)."""
+    mean = sum(rewards) / len(rewards)
+    std = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / len(rewards))
+    return [(reward - mean) / (std + 1e-6) for reward in rewards]
+
+
+def dr_grpo(rewards: list[float]) -> list[float]:
+    """r - mean (arXiv:2503.20783)."""
+    mean = sum(rewards) / len(rewards)
+    return [reward - mean for reward in rewards]
+
+
+def rloo(rewards: list[float]) -> list[float]:
+    """r - mean of the others (arXiv:2402.14740). A group of one has no others: its advantage is 0."""
+    if len(rewards) == 1:
+        return [0.0]
+    total = sum(rewards)
+    return [reward - (total - reward) / (len(rewards) - 1) for reward in rewards]
+
+
+def reinforce(rewards: list[float]) -> list[float]:
+    """r itself."""
+    return list(rewards)
+
+
+ADVANTAGES: dict[str, Advantage] = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo, "reinforce": reinforce}
+
+
+def advantage_function(choice: str | Advantage) -> Advantage:
+    """The function of that name, or the user's own, its results checked.
+
+    Raises:
+        ConfigError: an unknown name; or later, when the user's function returns something unusable.
+    """
+    if isinstance(choice, str):
+        if choice not in ADVANTAGES:
+            raise ConfigError(f"advantage is {choice!r}. Expected one of {', '.join(ADVANTAGES)}, or a function.")
+        return ADVANTAGES[choice]
+
+    def checked(rewards: list[float]) -> list[float]:
+        advantages = [float(advantage) for advantage in choice(rewards)]
+        if len(advantages) != len(rewards) or not all(map(math.isfinite, advantages)):
+            raise ConfigError(
+                f"the advantage function returned {advantages} for the rewards {rewards}. "
+                "Expected one finite number for each reward."
+            )
+        return advantages
+
+    return checked
+
+
+def has_signal(rewards: list[float]) -> bool:
+    """False when all rewards are equal: such a group teaches nothing by comparison."""
+    return min(rewards) != max(rewards)

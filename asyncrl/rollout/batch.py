@@ -1,0 +1,101 @@
+"""From finished groups to what one optimizer step trains on. Pure. N is the number of tokens of a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import compress
+
+from asyncrl.rollout.staleness import Verdict, judge, mask_stale
+from asyncrl.types import Group, RolloutSample, TrainSequence
+
+
+def chunk_sizes(groups: int, chunks: int) -> list[int]:
+    """`groups` in `chunks` balanced parts: 10 in 4 is 3, 3, 2, 2."""
+    return [groups // chunks + (part < groups % chunks) for part in range(chunks)]
+
+
+def loss_versions(sample: RolloutSample) -> list[int]:
+    """The versions of the tokens of a sample that carry loss."""
+    assert sample.versions is not None
+    return list(compress(sample.versions, sample.loss_mask))
+
+
+@dataclass(slots=True)
+class StalenessStats:
+    """Staleness of the loss tokens of one batch, in optimizer steps."""
+
+    tokens: int = 0
+    total: int = 0
+    highest: int = 0
+    lowest: int = 0
+    masked_tokens: int = 0
+
+    def add(self, step: int, versions: list[int]) -> None:
+        oldest, newest = step - min(versions), step - max(versions)
+        self.highest = max(self.highest, oldest) if self.tokens else oldest
+        self.lowest = min(self.lowest, newest) if self.tokens else newest
+        self.tokens += len(versions)
+        self.total += step * len(versions) - sum(versions)
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.tokens if self.tokens else 0.0
+
+
+@dataclass(slots=True)
+class Batch:
+    """The groups of one optimizer step, which is taken when `step` steps have been taken before."""
+
+    step: int
+    max_staleness: int
+    on_stale: Verdict
+    hard: bool
+    """Assert that no token is over the bound when it is handed over."""
+    groups: list[Group] = field(default_factory=list)
+    sequences: int = 0
+    staleness: StalenessStats = field(default_factory=StalenessStats)
+
+    @property
+    def trained(self) -> list[Group]:
+        """The groups that carry signal."""
+        return [group for group in self.groups if group.advantages]
+
+    def verdict(self, group: Group) -> Verdict:
+        """Whether the group can be trained in this batch. A mask that would leave nothing is a drop."""
+        if not group.advantages:
+            return "train"
+        versions = [loss_versions(sample) for run in group.runs for sample in run.segments]
+        verdict = judge([min(v) for v in versions], self.step, self.max_staleness, self.on_stale)
+        if verdict == "mask" and max(max(v) for v in versions) < self.step - self.max_staleness:
+            return "drop"
+        return verdict
+
+    def add(self, group: Group) -> list[TrainSequence]:
+        """Take the group in. Returns its sequences, tokens over the bound masked where that was asked for."""
+        self.groups.append(group)
+        if not group.advantages:
+            return []
+        sequences = list(self._sequences(group))
+        self.sequences += len(sequences)
+        return sequences
+
+    def _sequences(self, group: Group) -> Iterator[TrainSequence]:
+        oldest_allowed = self.step - self.max_staleness
+        for run, advantage in zip(group.runs, group.advantages, strict=True):
+            for sample in run.segments:
+                mask, versions = sample.loss_mask, loss_versions(sample)
+                if self.on_stale == "mask" and min(versions) < oldest_allowed:
+                    assert sample.versions is not None
+                    mask = mask_stale(mask, sample.versions, oldest_allowed)
+                    self.staleness.masked_tokens += len(versions) - sum(mask)
+                    versions = [version for version in versions if version >= oldest_allowed]
+                if not versions:
+                    continue
+                if self.hard:
+                    assert min(versions) >= oldest_allowed, (
+                        f"a token drawn by version {min(versions)} was about to be trained at step {self.step}, "
+                        f"over the bound of {self.max_staleness}"
+                    )
+                self.staleness.add(self.step, versions)
+                yield TrainSequence(sample.tokens, sample.logprobs, mask, advantage, group.sequence)

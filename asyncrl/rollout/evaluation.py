@@ -1,0 +1,130 @@
+"""Rollouts that are measured and not trained: mean reward on held-out rows, with a confidence interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+import structlog
+
+from asyncrl.data import Prompt, Rows
+from asyncrl.errors import BreakerOpen, RolloutContractError, RolloutFailed
+from asyncrl.rollout.contract import Contract
+from asyncrl.rollout.failures import Breaker, is_recoverable
+from asyncrl.rollout.scheduler import RolloutFn
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class EvalResult:
+    """Mean reward over the rows that were rolled out."""
+
+    per_row: dict[int, list[float]] = field(default_factory=dict)
+    """Row index -> the rewards of its rollouts."""
+    failed: int = 0
+    """Rollouts that gave no reward; they count in no mean."""
+
+    @property
+    def n(self) -> int:
+        """Rollouts that gave a reward."""
+        return sum(map(len, self.per_row.values()))
+
+    @property
+    def mean(self) -> float:
+        """Mean over rows of the mean over a row's rollouts."""
+        means = self._row_means()
+        return sum(means) / len(means) if means else math.nan
+
+    @property
+    def ci_low(self) -> float:
+        """Lower end of the 95 % interval."""
+        return self.mean - self._half_width()
+
+    @property
+    def ci_high(self) -> float:
+        return self.mean + self._half_width()
+
+    def _row_means(self) -> list[float]:
+        return [sum(rewards) / len(rewards) for rewards in self.per_row.values() if rewards]
+
+    def _half_width(self) -> float:
+        """Of the normal interval over rows: the rollouts of one row are not independent."""
+        means = self._row_means()
+        if len(means) < 2:
+            return math.nan
+        mean = sum(means) / len(means)
+        variance = sum((value - mean) ** 2 for value in means) / (len(means) - 1)
+        return 1.96 * math.sqrt(variance / len(means))
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluator:
+    """Runs a rollout function over rows, `concurrency` at once, each under a time limit."""
+
+    rollout: RolloutFn
+    make_policy: Callable[[str], Any]
+    contract: Contract
+    timeout_s: float
+    concurrency: int
+    seed: int
+
+    async def run(self, rows: Rows, samples: int = 1) -> EvalResult:
+        """Roll out every row `samples` times.
+
+        Raises:
+            RolloutFailed: a rollout failed in a way that trying again would not mend.
+            BreakerOpen: an outage.
+        """
+        result = EvalResult(per_row={index: [] for index in range(len(rows))})
+        room = anyio.CapacityLimiter(self.concurrency)
+        breaker = Breaker()
+        try:
+            async with anyio.create_task_group() as tasks:
+                for index in range(len(rows)):
+                    for sample in range(samples):
+                        await room.acquire_on_behalf_of((index, sample))
+                        tasks.start_soon(self._one, rows, index, sample, result, breaker, room)
+        except BaseExceptionGroup as group:
+            error: BaseException = group
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            raise error from None
+        return result
+
+    async def _one(
+        self, rows: Rows, index: int, sample: int, result: EvalResult, breaker: Breaker, room: anyio.CapacityLimiter
+    ) -> None:
+        policy = self.make_policy(f"evaluation-{index}-{sample}")
+        prompt = Prompt(
+            rows[index], policy=policy, index=index, rollout_index=sample, evaluation=True, seed=self.seed
+        )
+        try:
+            with anyio.fail_after(self.timeout_s):
+                returned = await self.rollout(prompt)
+            if returned is None:
+                result.failed += 1
+                return
+            run = self.contract.check(returned, oldest=0, newest=1 << 62)
+        except Exception as error:
+            result.failed += 1
+            self._judge(error, index, breaker)
+        else:
+            breaker.succeeded()
+            result.per_row[index].append(run.reward)
+        finally:
+            room.release_on_behalf_of((index, sample))
+
+    def _judge(self, error: Exception, index: int, breaker: Breaker) -> None:
+        where = f"row {index} of the evaluation"
+        if isinstance(error, RolloutContractError):
+            raise RolloutFailed(f"{where} returned a sample that cannot be used:\n{error}") from error
+        if not is_recoverable(error):
+            raise RolloutFailed(f"{where} failed: {type(error).__name__}: {error}") from error
+        log.info("an evaluation rollout failed", row=index, error=repr(error))
+        outage = breaker.lost()
+        if outage is not None:
+            raise BreakerOpen(f"{outage} in the evaluation. The last: {type(error).__name__}: {error}") from error

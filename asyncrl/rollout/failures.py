@@ -1,0 +1,101 @@
+"""What a failed rollout means: draw it again, go on without it, or end the run. Pure.
+
+    recoverable   timeouts, lost connections, HTTP 408/429/5xx, RecoverableRolloutError
+    fatal         a malformed sample, any other exception (`on_error="drop"` makes them recoverable, on a budget)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import Enum
+
+from asyncrl.config import RolloutConfig
+from asyncrl.errors import EngineError, RecoverableRolloutError, RolloutTimeout, SamplerRequestError
+
+BREAKER_IN_A_ROW = 5
+BREAKER_WINDOW = 20
+
+_RETRYABLE_STATUS = frozenset({408, 429})
+# Client libraries of agents are not imported here, so their connection errors are known by name.
+_CONNECTION_ERRORS = frozenset({"APIConnectionError", "ClientConnectionError", "TransportError", "RequestException"})
+
+
+class Verdict(Enum):
+    RETRY = "retry"
+    FATAL = "fatal"
+
+
+def http_status(error: BaseException) -> int | None:
+    """The HTTP status that an aiohttp, httpx, openai or requests error carries."""
+    for carrier in (error, getattr(error, "response", None)):
+        for name in ("status", "status_code"):
+            status = getattr(carrier, name, None)
+            if isinstance(status, int):
+                return status
+    return None
+
+
+def is_recoverable(error: BaseException) -> bool:
+    """Whether asking again can help."""
+    if isinstance(error, SamplerRequestError):
+        return error.recoverable
+    if isinstance(error, (RecoverableRolloutError, RolloutTimeout, TimeoutError, ConnectionError)):
+        return True
+    status = http_status(error)
+    if status is not None:
+        return status in _RETRYABLE_STATUS or 500 <= status < 600
+    return any(kind.__name__ in _CONNECTION_ERRORS for kind in type(error).__mro__)
+
+
+class FailurePolicy:
+    """Decides about each failure. Owns the budget of `on_error="drop"`."""
+
+    def __init__(self, config: RolloutConfig) -> None:
+        self.retries = config.retries
+        self._drop_unknown = config.on_error == "drop"
+        self._budget = config.error_budget
+        self._forgiven = 0
+
+    def judge(self, error: BaseException) -> Verdict:
+        if isinstance(error, EngineError):
+            return Verdict.FATAL
+        if is_recoverable(error):
+            return Verdict.RETRY
+        if self._drop_unknown and self._forgiven < self._budget:
+            self._forgiven += 1
+            return Verdict.RETRY
+        return Verdict.FATAL
+
+    @property
+    def budget_spent(self) -> bool:
+        return self._drop_unknown and self._forgiven >= self._budget
+
+    @staticmethod
+    def backoff_s(attempt: int) -> float:
+        """How long to wait before attempt number `attempt` (from 1), in seconds: 0.1, 0.2, 0.4 ... 5."""
+        return min(5.0, 0.1 * 2.0 ** (attempt - 1))
+
+
+class Breaker:
+    """Opens when an outage shows: 5 members lost in a row, or half of the last 20.
+
+    A member is lost when its retries are used up; draws that a rollout function dropped itself do not count.
+    """
+
+    def __init__(self) -> None:
+        self._in_a_row = 0
+        self._recent: deque[bool] = deque(maxlen=BREAKER_WINDOW)
+
+    def succeeded(self) -> None:
+        self._in_a_row = 0
+        self._recent.append(False)
+
+    def lost(self) -> str | None:
+        """Count a lost member. Returns what shows the outage once there is one."""
+        self._in_a_row += 1
+        self._recent.append(True)
+        if self._in_a_row >= BREAKER_IN_A_ROW:
+            return f"{self._in_a_row} rollouts in a row failed"
+        if len(self._recent) == BREAKER_WINDOW and 2 * sum(self._recent) >= BREAKER_WINDOW:
+            return f"{sum(self._recent)} of the last {BREAKER_WINDOW} rollouts failed"
+        return None

@@ -1,0 +1,136 @@
+"""Finished groups on their way to the trainer: oldest first, groups whole, none too late.
+
+`GroupOrder` is the pure rule, `GroupQueue` waits on it.
+
+Under a hard bound every admitted group has a deadline: a group that began at version v may be trained in the
+batch that is taken after v + O steps, and in no later one. A younger finished group passes an unfinished one
+exactly as long as every unfinished group still finds a place in time. docs/staleness.md has the proof that this
+keeps the bound, and what it gains over handing groups out in admission order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections import Counter
+
+from asyncrl.types import Group
+
+
+class GroupOrder:
+    """Says which finished group is next. Owns the deadlines of the groups that are not handed out.
+
+    Args:
+        batch_groups: B, places of one batch.
+        max_staleness: O, in optimizer steps. None: no deadlines, the oldest finished group is always next.
+    """
+
+    def __init__(self, batch_groups: int, max_staleness: int | None) -> None:
+        self._batch_groups = batch_groups
+        self._max_staleness = max_staleness
+        self._step = 0
+        self._places = batch_groups
+        self._due: Counter[int] = Counter()
+        self._deadlines: dict[int, int] = {}
+        self._ready: dict[int, Group] = {}
+        self._heap: list[int] = []
+
+    def __len__(self) -> int:
+        """Finished groups that wait."""
+        return len(self._ready)
+
+    def begin_batch(self, step: int) -> None:
+        """The groups that are taken from now on are trained when `step` steps have been taken."""
+        assert not self._due or min(self._due) >= step or self._max_staleness is None
+        self._step, self._places = step, self._batch_groups
+
+    def admitted(self, sequence: int, version: int) -> None:
+        """A group begins at `version`. Versions never fall from one admission to the next."""
+        deadline = version + (self._max_staleness or 0)
+        self._deadlines[sequence] = deadline
+        self._due[deadline] += 1
+
+    def finished(self, group: Group) -> None:
+        self._ready[group.sequence] = group
+        heapq.heappush(self._heap, group.sequence)
+
+    def gone(self, sequence: int) -> None:
+        """An admitted group leaves without having been handed out."""
+        deadline = self._deadlines.pop(sequence)
+        self._due[deadline] -= 1
+        if not self._due[deadline]:
+            del self._due[deadline]
+
+    def take(self) -> Group | None:
+        """The oldest finished group, unless that would leave no place for an unfinished one before its deadline."""
+        if not self._heap or not self._fits(self._deadlines[self._heap[0]]):
+            return None
+        group = self._ready.pop(heapq.heappop(self._heap))
+        self.gone(group.sequence)
+        self._places -= 1
+        return group
+
+    def _fits(self, deadline: int) -> bool:
+        """Whether the groups that are due earlier still find places when this one takes the next place."""
+        if self._max_staleness is None:
+            return True
+        places, due = self._places - 1, 0
+        for step in range(self._step, deadline):
+            due += self._due.get(step, 0)
+            if due > places:
+                return False
+            places += self._batch_groups
+        return True
+
+    def put_back(self) -> None:
+        """The group that was taken last is not trained after all: its place in the batch is free again."""
+        self._places += 1
+
+
+class GroupQueue:
+    """The order, and someone who waits for the next group.
+
+    Consumes finished groups from the scheduler; produces them for the engine; woken by `finished`, `gone`,
+    `close` and `abort`.
+    """
+
+    def __init__(self, batch_groups: int, max_staleness: int | None) -> None:
+        self.order = GroupOrder(batch_groups, max_staleness)
+        self._changed = asyncio.Event()
+        self._closed = False
+        self._aborted = False
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def finished(self, group: Group) -> None:
+        self.order.finished(group)
+        self._changed.set()
+
+    def gone(self, sequence: int) -> None:
+        self.order.gone(sequence)
+        self._changed.set()
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        self._closed = True
+        self._changed.set()
+
+    def reopen(self) -> None:
+        """A group was sent back to the stream, so something more will come after all."""
+        self._closed = False
+
+    def abort(self) -> None:
+        """Hand out nothing more, not even what is finished."""
+        self._aborted = True
+        self._changed.set()
+
+    async def take(self) -> Group | None:
+        """The next group, or None when the queue is closed and empty. The engine's watchdog limits the wait."""
+        while not self._aborted:
+            group = self.order.take()
+            if group is not None or (self._closed and not len(self.order)):
+                return group
+            self._changed.clear()
+            await self._changed.wait()
+        return None

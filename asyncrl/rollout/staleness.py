@@ -1,0 +1,78 @@
+"""The staleness bound: when a group may be admitted, and what becomes of one that is too old.
+
+B groups are one optimizer batch, O is `max_staleness`, L is `lookahead`. The budget has
+
+    slots = (O + 1) B - L
+
+A group holds a slot from its admission until weights trained on it are live in the sampler, or until it
+leaves without having been trained. docs/staleness.md derives from this, and from the order of the queue,
+that under `wait` no token is trained more than O steps after the version that drew it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Literal
+
+
+class StalenessBudget:
+    """Owns the slots. Pure: no clock, no task.
+
+    `most_groups` caps the groups that are trained in the whole run, so that a run with `max_steps` begins no
+    rollout that could never be trained.
+    """
+
+    def __init__(self, slots: int, most_groups: int | None = None) -> None:
+        assert slots >= 1
+        self.slots = slots
+        self.free = slots
+        self._most = most_groups
+        self._kept = 0
+        self._awaiting: deque[tuple[int, int]] = deque()
+
+    def can_admit(self) -> bool:
+        return self.free > 0 and (self._most is None or self._kept < self._most)
+
+    def admit(self) -> None:
+        """A group begins and takes a slot."""
+        assert self.can_admit()
+        self.free -= 1
+        self._kept += 1
+
+    def leave(self) -> None:
+        """An admitted group was filtered, rejected or sent back: it will not be trained."""
+        self.free += 1
+        self._kept -= 1
+        assert self.free <= self.slots
+
+    def trained(self, groups: int, step: int) -> None:
+        """Optimizer step number `step` (from 1) used `groups` groups: their slots return when it is live."""
+        self._awaiting.append((step, groups))
+
+    def published(self, version: int) -> int:
+        """Weights of `version` steps are live. Returns how many slots came free."""
+        returned = 0
+        while self._awaiting and self._awaiting[0][0] <= version:
+            returned += self._awaiting.popleft()[1]
+        self.free += returned
+        assert self.free <= self.slots
+        return returned
+
+
+Verdict = Literal["train", "mask", "requeue", "drop"]
+
+
+def judge(oldest_versions: Sequence[int], step: int, max_staleness: int, on_stale: Verdict) -> Verdict:
+    """What becomes of a group when `step` optimizer steps have been taken.
+
+    `oldest_versions` holds, for each sample, the version of its oldest loss token.
+    """
+    return "train" if step - min(oldest_versions) <= max_staleness else on_stale
+
+
+def mask_stale(loss_mask: Sequence[int], versions: Sequence[int], oldest_allowed: int) -> list[int]:
+    """The loss mask [N] without the tokens that were drawn by weights older than `oldest_allowed`."""
+    return [
+        int(bool(trained) and version >= oldest_allowed) for trained, version in zip(loss_mask, versions, strict=True)
+    ]

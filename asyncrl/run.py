@@ -1,0 +1,511 @@
+"""The composition root: from a config to a running engine, and what it leaves behind.
+
+    train(rollout, dataset=..., config=...) -> TrainResult
+    evaluate(rollout, dataset=..., config=...) -> EvalResult
+
+Only this module sees both sides, the event loop's and torch's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import structlog
+
+from asyncrl.agents.policy import Policy, PolicyContext
+from asyncrl.assemble import assemble, steps_at_most
+from asyncrl.config import Config
+from asyncrl.data import Rows, load_rows
+from asyncrl.engine import Engine, Record
+from asyncrl.errors import ConfigError
+from asyncrl.metrics.jsonl import JsonlFile
+from asyncrl.metrics.live import LiveView, Mode
+from asyncrl.metrics.report import where_time_went
+from asyncrl.metrics.sinks import open_sinks
+from asyncrl.model_facts import ModelFacts, adapter_base, load_tokenizer, read_facts
+from asyncrl.rollout.batch import Batch
+from asyncrl.rollout.contract import Contract
+from asyncrl.rollout.evaluation import EvalResult, Evaluator
+from asyncrl.rollout.factory import RolloutSetup, open_rollout
+from asyncrl.storage.folder import RunFolder
+from asyncrl.storage.log import open_log
+from asyncrl.storage.rollouts import RolloutLog
+from asyncrl.types import Probe, Sampler, SamplingParams, Trainer, Weights
+
+EVALUATION_CONCURRENCY = 64
+SECOND_SIGNAL_EXIT = 130
+CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+PROBE_TOKENS = 16
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """How a run ended."""
+
+    run_dir: Path
+    steps: int
+    """Optimizer steps taken."""
+    rollouts: int
+    """Rollouts that ended, retries not counted."""
+    wall_s: float
+    """Training alone: without loading, warm-up and evaluation."""
+    worst_staleness: int
+    """Of any trained token, in optimizer steps."""
+    ledger: dict[str, int]
+    """What became of the prompts: trained, filtered, rejected, pending."""
+    interrupted: bool
+    """A signal ended the run before its time."""
+    before: EvalResult | None = None
+    """Evaluation of the model that the run started from."""
+    after: EvalResult | None = None
+    """Evaluation of the trained model."""
+
+    @property
+    def model_dir(self) -> Path:
+        """The trained model or adapter, as `transformers`, `peft` and vLLM open it."""
+        return self.run_dir / "model"
+
+
+def train(
+    rollout: Callable[..., Any],
+    *,
+    dataset: str | Path | Rows | None = None,
+    config: Config,
+    evaluation: str | Path | Rows | None = None,
+    evaluation_samples: int = 1,
+    view: Mode = "auto",
+) -> TrainResult:
+    """Train a model on what `rollout` returns. Blocks until the run has ended.
+
+    Args:
+        rollout: `async def rollout(prompt) -> RolloutSample | RolloutRun | None`, or a factory `make_rollout(setup)`.
+        dataset: A JSONL file, a list of dicts, or anything with len() and [index]; `config.dataset` if left out.
+        config: All settings.
+        evaluation: Held-out rows, rolled out before and after training and never trained on.
+        evaluation_samples: Rollouts of each held-out row.
+        view: How progress is shown; `auto` is live in a terminal, plain lines elsewhere.
+
+    Raises:
+        UserError: a setting, the dataset, the model, or what the rollout function returns cannot be used.
+        EngineError: the run could not go on.
+        KeyboardInterrupt: after a Ctrl-C, once what was trained has been published and saved.
+    """
+    result = _run(
+        lambda interrupt: train_async(
+            rollout,
+            dataset=dataset,
+            config=config,
+            evaluation=evaluation,
+            evaluation_samples=evaluation_samples,
+            view=view,
+            interrupt=interrupt,
+        )
+    )
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return result
+
+
+async def train_async(
+    rollout: Callable[..., Any],
+    *,
+    dataset: str | Path | Rows | None = None,
+    config: Config,
+    evaluation: str | Path | Rows | None = None,
+    evaluation_samples: int = 1,
+    view: Mode = "auto",
+    interrupt: Interrupt | None = None,
+) -> TrainResult:
+    """`train` for programs that have an event loop. Signals are the caller's: `interrupt` is how to pass them on."""
+    rows = load_rows(_dataset_of(config, dataset))
+    held_out = load_rows(evaluation) if evaluation is not None else None
+    facts = await asyncio.to_thread(read_facts, config.model, config.max_seq_len)
+    folder = RunFolder.create(config)
+    total_steps = steps_at_most(config, len(rows))
+    with open_log(folder.log), LiveView(Path(config.model).name, total_steps, mode=view) as live:
+        live.note(f"run folder: {folder.root}")
+        run = _TrainingRun(config, facts, folder, live, interrupt or Interrupt(), total_steps)
+        return await run.run(rollout, rows, held_out, evaluation_samples)
+
+
+def evaluate(
+    rollout: Callable[..., Any], *, dataset: str | Path | Rows | None = None, config: Config, samples: int = 1
+) -> EvalResult:
+    """Mean reward of `config.model` (a model, or the folder of a LoRA adapter) on the rows of `dataset`.
+
+    Raises: as `train`.
+    """
+    return _run(
+        lambda interrupt: evaluate_async(
+            rollout, dataset=dataset, config=config, samples=samples, interrupt=interrupt
+        )
+    )
+
+
+async def evaluate_async(
+    rollout: Callable[..., Any],
+    *,
+    dataset: str | Path | Rows | None = None,
+    config: Config,
+    samples: int = 1,
+    interrupt: Interrupt | None = None,
+) -> EvalResult:
+    """`evaluate` for programs that have an event loop."""
+    rows = load_rows(_dataset_of(config, dataset))
+    adapter = adapter_base(config.model)
+    folder = Path(config.model).absolute()
+    if adapter is not None:
+        lora = config.lora.model_copy(update={"rank": adapter["r"], "alpha": float(adapter["lora_alpha"])})
+        config = config.model_copy(update={"model": adapter["base_model_name_or_path"], "lora": lora})
+    facts = await asyncio.to_thread(read_facts, config.model, config.max_seq_len)
+    logs = Path(config.run_dir or ".") / "evaluation"
+    setup = RolloutSetup(config, logs, lambda: load_tokenizer(config.model))
+    async with _open_sampler(config, facts, logs) as sampler, open_rollout(rollout, setup) as function:
+        if adapter is not None:
+            await sampler.publish(_adapter_weights(folder, sampler))
+        context = _policy_context(config, facts, sampler)
+        return await _evaluator(config, facts, function, context).run(rows, samples)
+
+
+class Interrupt:
+    """Passes the wish to stop on to whatever runs: the engine finishes its step; anything else is cancelled."""
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+        self.task: asyncio.Task[Any] | None = None
+        self.requested = False
+
+    def __call__(self) -> None:
+        self.requested = True
+        if self.engine is not None:
+            self.engine.stop()
+        elif self.task is not None:
+            self.task.cancel()
+
+
+@dataclass(slots=True)
+class _TrainingRun:
+    """One training run from an open run folder to its summary."""
+
+    config: Config
+    facts: ModelFacts
+    folder: RunFolder
+    live: LiveView
+    interrupt: Interrupt
+    total_steps: int
+    records: list[Record] = field(default_factory=list)
+
+    async def run(
+        self, rollout: Callable[..., Any], rows: Rows, held_out: Rows | None, samples: int
+    ) -> TrainResult:
+        config, folder = self.config, self.folder
+        async with AsyncExitStack() as stack:
+            trainer, sampler = await self._open_ends(stack)
+            setup = RolloutSetup(config, folder.root, lambda: load_tokenizer(config.model))
+            function = await stack.enter_async_context(open_rollout(rollout, setup))
+            context = _policy_context(config, self.facts, sampler)
+            evaluator = _evaluator(config, self.facts, function, context)
+            engine = self._engine(stack, function, rows, sampler, trainer, context)
+            await self._check_ends_agree(engine, trainer)
+            before = await self._evaluate(evaluator, held_out, samples, "before training")
+            wall_s = await self._train(engine, trainer)
+            after = None
+            if not self.interrupt.requested:
+                after = await self._evaluate(evaluator, held_out, samples, "after training")
+        result = TrainResult(
+            run_dir=folder.root,
+            steps=engine.step,
+            rollouts=engine.scheduler.finished_rollouts,
+            wall_s=wall_s,
+            worst_staleness=engine.worst_staleness,
+            ledger=engine.ledger.summary(),
+            interrupted=self.interrupt.requested,
+            before=before,
+            after=after,
+        )
+        self._conclude(result)
+        return result
+
+    async def _open_ends(self, stack: AsyncExitStack) -> tuple[Trainer, Sampler]:
+        """The trainer first: a GPU that both share must show vLLM what is left."""
+        from asyncrl.training.thread import ThreadedTrainer
+
+        kind, reason = choose_sampler(self.config)
+        self.live.note(f"sampler: {kind} ({reason})")
+        threads = _torch_threads(shared=kind == "transformers")
+        trainer = await stack.enter_async_context(
+            ThreadedTrainer(
+                self.config,
+                total_steps=self.total_steps,
+                weights_format="files" if kind == "vllm" else "tensors",
+                publish_folder=self.folder.root / "weights",
+                torch_threads=threads,
+            )
+        )
+        return trainer, await stack.enter_async_context(_open_sampler(self.config, self.facts, self.folder.root))
+
+    def _engine(
+        self,
+        stack: AsyncExitStack,
+        function: Any,
+        rows: Rows,
+        sampler: Sampler,
+        trainer: Trainer,
+        context: PolicyContext,
+    ) -> Engine:
+        config, folder = self.config, self.folder
+        sinks = open_sinks(config.trackers, folder.root, config)
+        stack.callback(sinks.close)
+        rollouts = _rollout_log(config, folder)
+        stack.callback(rollouts.close)
+        ledger_file = JsonlFile(folder.root / "ledger.jsonl")
+        stack.callback(ledger_file.close)
+
+        def on_step(record: Record, batch: Batch) -> None:
+            self.records.append(record)
+            sinks.write(record)
+            rollouts.write(int(record["step"]), batch.trained)
+            self.live.step(record)
+
+        return assemble(
+            config,
+            function,
+            rows,
+            sampler=sampler,
+            trainer=trainer,
+            make_policy=lambda session, version: Policy(context, session, version),
+            on_step=on_step,
+            on_gauges=self.live.gauges,
+            contract=Contract(self.facts.vocabulary, self.facts.max_seq_len),
+            canary_tolerance=canary_tolerance(config),
+            write_ledger=ledger_file.write,
+        )
+
+    async def _check_ends_agree(self, engine: Engine, trainer: Trainer) -> None:
+        """The canary of version 0: do sampler and trainer hold the same model at all?"""
+        tokens = tuple((7 * i + 3) % self.facts.vocabulary for i in range(PROBE_TOKENS))
+        logprobs = (await trainer.forward([tokens]))[0]
+        await engine.check_canary(Probe(tokens, tuple(logprobs)), 0)
+
+    async def _evaluate(
+        self, evaluator: Evaluator, rows: Rows | None, samples: int, when: str
+    ) -> EvalResult | None:
+        if rows is None:
+            return None
+        result = await evaluator.run(rows, samples)
+        self.live.note(
+            f"held-out reward {when}: {result.mean:.3f} [{result.ci_low:.3f}, {result.ci_high:.3f}] "
+            f"({result.n} rollouts)"
+        )
+        return result
+
+    async def _train(self, engine: Engine, trainer: Trainer) -> float:
+        """Run the engine; whatever ends it, what was trained is saved. Returns the seconds it took."""
+        began = time.monotonic()
+        self.interrupt.engine = engine
+        try:
+            await engine.run()
+        finally:
+            self.interrupt.engine = None
+            engine.ledger.close()
+            if engine.step or not sys.exc_info()[0]:
+                await trainer.save_model(self.folder.model)
+        return time.monotonic() - began
+
+    def _conclude(self, result: TrainResult) -> None:
+        summary = {
+            "steps": result.steps,
+            "rollouts": result.rollouts,
+            "wall_s": round(result.wall_s, 3),
+            "worst_staleness": result.worst_staleness,
+            "interrupted": result.interrupted,
+            "reward_before": result.before.mean if result.before else None,
+            "reward_after": result.after.mean if result.after else None,
+            "ledger": result.ledger,
+        }
+        self.folder.write_summary(summary)
+        if self.records:
+            self.live.note(where_time_went(self.records))
+        end = "stopped cleanly" if result.interrupted else "finished"
+        self.live.note(
+            f"{end} after {result.steps} steps and {result.rollouts} rollouts in {result.wall_s:.0f} s; "
+            f"model: {result.model_dir}"
+        )
+
+
+# Ends and choices
+
+
+def choose_sampler(config: Config) -> tuple[Literal["vllm", "transformers"], str]:
+    """Which sampler `config` uses on this machine, and why."""
+    if config.sampler.urls:
+        return "vllm", "sampler.urls are given"
+    if config.sampler.kind != "auto":
+        return config.sampler.kind, "sampler.kind says so"
+    if _device_type(config) == "cuda" and importlib.util.find_spec("vllm") is not None:
+        return "vllm", "there is a CUDA device and vLLM is installed"
+    if _device_type(config) == "cuda":
+        return "transformers", "vLLM is not installed; it would be several times faster: docs/vllm.md"
+    return "transformers", "there is no CUDA device, and the embedded sampler needs no server"
+
+
+def canary_tolerance(config: Config) -> float | None:
+    """The largest difference of log-probs that the canary forgives; None switches it off."""
+    if not config.publish.canary:
+        return None
+    if config.publish.canary_tolerance is not None:
+        return config.publish.canary_tolerance
+    dtype = config.trainer.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if _device_type(config) == "cuda" else "float32"
+    return CANARY_TOLERANCE[dtype]
+
+
+def _device_type(config: Config) -> str:
+    if config.trainer.device != "auto":
+        return config.trainer.device
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _torch_threads(*, shared: bool) -> int:
+    """Threads of torch for one of two ends. On a CPU the embedded sampler and the trainer share the cores."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, cores // 2) if shared else cores
+
+
+@asynccontextmanager
+async def _open_sampler(config: Config, facts: ModelFacts, run_dir: Path) -> AsyncIterator[Sampler]:
+    kind, _ = choose_sampler(config)
+    sampler: Sampler
+    if kind == "vllm":
+        from asyncrl.sampling.vllm import VllmSampler
+
+        sampler = VllmSampler(
+            config,
+            run_dir=run_dir,
+            context_tokens=facts.max_seq_len,
+            keep_versions=config.staleness.max_staleness + 2,
+        )
+    else:
+        from asyncrl.sampling.transformers import TransformersSampler
+
+        sampler = TransformersSampler.from_config(config, torch_threads=_torch_threads(shared=True))
+    async with sampler:
+        yield sampler
+
+
+def _adapter_weights(folder: Path, sampler: Sampler) -> Weights:
+    """A saved adapter as version 1 of its base model."""
+    if sampler.wants == "files":
+        return Weights(version=1, adapter=True, folder=folder)
+    from safetensors.torch import load_file
+
+    return Weights(version=1, adapter=True, tensors=load_file(folder / "adapter_model.safetensors"))
+
+
+def _policy_context(config: Config, facts: ModelFacts, sampler: Sampler) -> PolicyContext:
+    sampling = config.sampling
+    params = SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        stop_token_ids=facts.stop_token_ids,
+    )
+    return PolicyContext(
+        sampler,
+        params=params,
+        max_seq_len=facts.max_seq_len,
+        load_tokenizer=lambda: load_tokenizer(config.model),
+    )
+
+
+def _evaluator(config: Config, facts: ModelFacts, function: Any, context: PolicyContext) -> Evaluator:
+    return Evaluator(
+        rollout=function,
+        make_policy=lambda session: Policy(context, session),
+        contract=Contract(facts.vocabulary, facts.max_seq_len),
+        timeout_s=config.rollout.timeout_s,
+        concurrency=min(EVALUATION_CONCURRENCY, config.concurrency.max_window),
+        seed=config.seed,
+    )
+
+
+def _rollout_log(config: Config, folder: RunFolder) -> RolloutLog:
+    loaded: list[Any] = []
+
+    def decode(tokens: list[int]) -> str:
+        if not loaded:
+            loaded.append(load_tokenizer(config.model))  # its own: tokenizers are not for two threads at once
+        return str(loaded[0].decode(tokens))
+
+    return RolloutLog(folder.rollouts, decode, config.log_rollouts)
+
+
+def _dataset_of(config: Config, dataset: str | Path | Rows | None) -> str | Path | Rows:
+    chosen = dataset if dataset is not None else config.dataset
+    if chosen is None:
+        raise ConfigError("no dataset was given. Pass dataset=..., or set `dataset` in the config.")
+    return chosen
+
+
+# Signals
+
+
+def _run(main: Callable[[Interrupt], Coroutine[Any, Any, T]]) -> T:
+    """Run `main` with Ctrl-C and SIGTERM: once ends it cleanly, twice at once."""
+    interrupt = Interrupt()
+
+    async def guarded() -> T:
+        interrupt.task = asyncio.current_task()
+        with _signals(interrupt):
+            try:
+                return await main(interrupt)
+            except asyncio.CancelledError:
+                if interrupt.requested:
+                    raise KeyboardInterrupt from None
+                raise
+
+    return asyncio.run(guarded())
+
+
+@contextmanager
+def _signals(interrupt: Interrupt) -> Iterator[None]:
+    """Handle SIGINT and SIGTERM as long as the block lasts. Only the main thread may."""
+    if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
+        yield
+        return
+    loop = asyncio.get_running_loop()
+
+    def handle() -> None:
+        if interrupt.requested:
+            print("\nstopping at once", file=sys.stderr, flush=True)
+            os._exit(SECOND_SIGNAL_EXIT)  # the servers' guards see the pipe close and end them
+        print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)
+        interrupt()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, handle)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)

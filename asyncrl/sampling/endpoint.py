@@ -1,0 +1,197 @@
+"""One vLLM server over HTTP: its requests, its errors, and how it is given new weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import aiohttp
+import anyio
+
+from asyncrl.errors import SamplerError, SamplerRequestError
+from asyncrl.sampling.load import EngineLoad, read_metrics
+from asyncrl.sampling.params import adapter_name, refusal
+from asyncrl.sampling.server import Server
+
+METRICS_TIMEOUT_S = 10.0
+"""5 to 13 ms on an idle server; a busy one answers between two engine steps."""
+RESUME_TIMEOUT_S = 30.0
+EXIT_NOTICE_S = 3.0
+"""A server whose engine died answers 500 and ends about 0.5 s later."""
+
+PAUSE: Mapping[str, Mapping[str, str]] = {
+    "interrupt": {"mode": "keep", "clear_cache": "true"},
+    "keep": {"mode": "keep", "clear_cache": "false"},
+    "drain": {"mode": "wait", "clear_cache": "true"},
+}
+"""What `sampler.in_flight` means to `POST /pause`. `keep` with a cleared cache throws running requests out of the KV
+cache and computes prompt and partial completion again under the new weights, in the same request: the interruption
+without a second request. The endpoint's own default, `abort`, would end them."""
+
+UPDATING = "updating"
+"""The version label while weights are being replaced. No completion with such a label is accepted."""
+
+
+class Endpoint:
+    """One server. `server` is None for one that somebody else runs."""
+
+    def __init__(self, url: str, http: aiohttp.ClientSession, server: Server | None = None) -> None:
+        self.url = url.rstrip("/")
+        self.name = f"vLLM replica {server.launch.name} at {self.url}" if server else f"vLLM at {self.url}"
+        self.rejected = 0
+        """Requests that it refused because its queue is full, or lost."""
+        self.model = ""
+        """What it was started with: a name on the hub, or a folder of its machine; known after `connect`."""
+        self.context_tokens = 0
+        """Prompt and completion together; known after `connect`."""
+        self.repacks = server is not None
+        """It has the worker extension `asyncrl.sampling.vllm_worker.HotLoad`."""
+        self.server = server
+        self._http = http
+
+    async def post(
+        self, path: str, body: Any = None, *, timeout_s: float | None, params: Mapping[str, str] | None = None
+    ) -> Any:
+        """The JSON of the answer, None for an empty one. Raises as `_ask` does."""
+        text = await self._ask("POST", path, timeout_s, json=body, params=params)
+        return json.loads(text) if text.startswith(("{", "[")) else None
+
+    async def get(self, path: str, *, timeout_s: float) -> str:
+        """The text of the answer. Raises as `_ask` does."""
+        return await self._ask("GET", path, timeout_s)
+
+    async def _ask(self, method: str, path: str, timeout_s: float | None, **content: Any) -> str:
+        """One exchange.
+
+        Raises `SamplerError` when the server has ended, `SamplerRequestError` for every other failure.
+        """
+        self.check_alive()
+        try:
+            status, text = await self._exchange(method, path, timeout_s, **content)
+        except TimeoutError as error:
+            self.rejected += 1
+            raise SamplerRequestError(f"{self.name} did not answer {path} within {timeout_s:g} s") from error
+        except aiohttp.ClientError as error:
+            await self._raise_if_ended()
+            self.rejected += 1
+            raise SamplerRequestError(f"{self.name}: connection lost during {path}: {error!r}") from error
+        if status == 200:
+            return text
+        if status >= 500:
+            self.rejected += 1
+            if status != 503:
+                await self._raise_if_ended()
+        raise refusal(f"{self.name}: {path}", status, text)
+
+    async def _exchange(self, method: str, path: str, timeout_s: float | None, **content: Any) -> tuple[int, str]:
+        """Status and text. A lost connection is tried once more: vLLM closes one without notice after an answer 500,
+        and then it is the next request on it that is lost. Nothing that is asked here does harm when asked twice."""
+        for last in (False, True):
+            try:
+                timeout = aiohttp.ClientTimeout(total=timeout_s)
+                async with self._http.request(method, self.url + path, timeout=timeout, **content) as answer:
+                    return answer.status, await answer.text()
+            except aiohttp.ClientConnectionError as error:
+                if last or isinstance(error, TimeoutError):
+                    raise
+        raise AssertionError("unreachable")
+
+    def check_alive(self) -> None:
+        """Raises `SamplerError` when the server has ended."""
+        if self.server is not None and self.server.obituary is not None:
+            raise SamplerError(self.server.obituary)
+
+    async def _raise_if_ended(self) -> None:
+        if self.server is not None and await self.server.ends_within(EXIT_NOTICE_S):
+            self.check_alive()
+
+    async def load(self) -> EngineLoad:
+        text = await self.get("/metrics", timeout_s=METRICS_TIMEOUT_S)
+        try:
+            return read_metrics(text)
+        except ValueError as error:
+            raise SamplerError(f"{self.name}: {error}. Do not start it with --disable-log-stats.") from None
+
+    async def load_adapter(self, version: int, folder: str, timeout_s: float) -> None:
+        """Load the LoRA adapter in `folder` under the name of its version. Running requests do not notice."""
+        body = {"lora_name": adapter_name(version), "lora_path": folder}
+        try:
+            await self._load_adapter(body, timeout_s)
+        except SamplerRequestError:
+            await self._as_fatal(
+                f"version {version} of the adapter", lambda: self._load_adapter(body, timeout_s, again=True)
+            )
+
+    async def _load_adapter(self, body: Mapping[str, str], timeout_s: float, again: bool = False) -> None:
+        try:
+            await self.post("/v1/load_lora_adapter", body, timeout_s=timeout_s)
+        except SamplerRequestError as error:
+            # The first attempt got through after all; only its answer was lost.
+            if not (again and error.status == 400 and "already been loaded" in str(error)):
+                raise
+
+    async def unload_adapter(self, name: str, timeout_s: float) -> None:
+        try:
+            await self.post("/v1/unload_lora_adapter", {"lora_name": name}, timeout_s=timeout_s)
+        except SamplerRequestError as error:
+            if error.status != 404:
+                raise
+
+    async def load_weights(
+        self, version: int, source: str, in_flight: Literal["interrupt", "keep", "drain"], timeout_s: float
+    ) -> None:
+        """Replace all weights between two tokens by those in `source`, a folder or a name on the hub.
+
+        Raises `SamplerError` after the second failure in a row. Generation is resumed in any case.
+        """
+
+        async def replace() -> None:
+            try:
+                await self._replace_weights(version, source, timeout_s)
+            except SamplerRequestError:
+                # A paused engine recovers from a half-loaded model when it is loaded again.
+                await self._replace_weights(version, source, timeout_s)
+
+        what = f"version {version} of the weights"
+        try:
+            await self._as_fatal(what, lambda: self.post("/pause", params=PAUSE[in_flight], timeout_s=timeout_s))
+            await self._as_fatal(what, replace)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._as_fatal(what, lambda: self.post("/resume", timeout_s=RESUME_TIMEOUT_S))
+
+    async def _replace_weights(self, version: int, source: str, timeout_s: float) -> None:
+        method, argument = ("asyncrl_load_weights", "source") if self.repacks else ("reload_weights", "weights_path")
+        await self.set_version(UPDATING, timeout_s)
+        await self.post("/collective_rpc", {"method": method, "kwargs": {argument: source}}, timeout_s=timeout_s)
+        await self.set_version(str(version), timeout_s)
+
+    async def set_version(self, label: str, timeout_s: float) -> None:
+        """How the tokens drawn from now on are labelled."""
+        await self.post("/update_weight_version", {"new_version": label}, timeout_s=timeout_s)
+
+    async def _as_fatal(self, what: str, act: Callable[[], Awaitable[Any]]) -> None:
+        try:
+            await act()
+        except SamplerRequestError as error:
+            raise SamplerError(f"{what} could not be made live: {error}") from error
+
+
+async def on_each(endpoints: Sequence[Endpoint], act: Callable[[Endpoint], Awaitable[Any]]) -> list[Any]:
+    """`act` on all at once; their results in order. All come to their end, then the first failure is raised."""
+    results: list[Any] = [None] * len(endpoints)
+    failures: list[SamplerError | SamplerRequestError] = []
+
+    async def run(index: int) -> None:
+        try:
+            results[index] = await act(endpoints[index])
+        except (SamplerError, SamplerRequestError) as error:
+            failures.append(error)
+
+    async with anyio.create_task_group() as group:
+        for index in range(len(endpoints)):
+            group.start_soon(run, index)
+    if failures:
+        raise failures[0]
+    return results

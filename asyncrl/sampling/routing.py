@@ -1,0 +1,82 @@
+"""Which replica answers a request, and which adapter versions stay loaded. Pure: no clock, no I/O."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+
+SESSIONS_REMEMBERED = 1 << 16
+"""Sessions that keep their replica. One that is forgotten only loses its prefix cache."""
+
+
+class Router:
+    """Least-loaded routing with session affinity. Owns the count of requests in flight of each replica."""
+
+    def __init__(self, replicas: int) -> None:
+        self.in_flight = [0] * replicas
+        self._given = [0] * replicas  # sessions and requests that each got so far: breaks ties evenly
+        self._homes: OrderedDict[str, int] = OrderedDict()
+
+    def begin(self, session: str) -> int:
+        """The replica for a request that starts now. Every `begin` needs its `end`."""
+        home = self._homes.get(session) if session else None
+        if home is None:
+            home = min(range(len(self.in_flight)), key=lambda index: (self.in_flight[index], self._given[index]))
+            self._given[home] += 1
+        if session:
+            self._homes[session] = home
+            self._homes.move_to_end(session)
+            if len(self._homes) > SESSIONS_REMEMBERED:
+                self._homes.popitem(last=False)
+        self.in_flight[home] += 1
+        return home
+
+    def end(self, replica: int) -> None:
+        assert self.in_flight[replica] > 0
+        self.in_flight[replica] -= 1
+
+
+class AdapterShelf:
+    """Versions of the adapter that can be sampled from. Owns the count of requests in flight of each.
+
+    The base model without an adapter is there from the start, under the version that it counts as, for good.
+    """
+
+    def __init__(self, keep: int, base: int = 0) -> None:
+        assert keep >= 1
+        self.newest = base
+        self._keep = keep
+        self._base: int | None = base
+        self._loaded: list[int] = []  # ascending
+        self._users: Counter[int] = Counter()
+
+    def __contains__(self, version: int) -> bool:
+        return version == self._base or version in self._loaded
+
+    def has_adapter(self, version: int) -> bool:
+        """False where `version` is the bare base model."""
+        return version in self._loaded
+
+    def add(self, version: int) -> None:
+        """`version` is loaded everywhere, and is the newest from now on."""
+        assert version not in self._loaded
+        if version == self._base:
+            self._base = None
+        self._loaded.append(version)
+        self.newest = version
+
+    def begin(self, version: int) -> None:
+        """A request starts on `version`. Every `begin` needs its `end`."""
+        assert version in self
+        self._users[version] += 1
+
+    def end(self, version: int) -> None:
+        assert self._users[version] > 0
+        self._users[version] -= 1
+        if not self._users[version]:
+            del self._users[version]
+
+    def take_drained(self) -> list[int]:
+        """Versions to unload: not among the newest `keep`, and nobody uses them. They are gone from here on return."""
+        drained = [version for version in self._loaded[: -self._keep] if not self._users[version]]
+        self._loaded = [version for version in self._loaded if version not in drained]
+        return drained

@@ -1,0 +1,134 @@
+"""The run folder: everything that one run leaves behind, in files that other tools open.
+
+config.toml        the settings as used; `asyncrl train` takes it again
+environment.json   machine, versions, git commit, command line
+metrics.jsonl      one record per optimizer step (docs/metrics.md)
+rollouts.jsonl     some rollouts of each step, readable
+logs/              asyncrl.jsonl, and the log of each server
+model/             the final model or adapter
+summary.json       how it ended
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel
+
+from asyncrl.config import Config
+from asyncrl.errors import ConfigError
+from asyncrl.metrics.jsonl import encode
+from asyncrl.storage.environment import environment
+
+OFF = "none"
+"""TOML has no null: this word stands for None where None is not the default."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The paths of one run. Only the user who started it can read what it creates."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.toml"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.root / "rollouts.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """A folder."""
+        return self.root / "logs"
+
+    @property
+    def log(self) -> Path:
+        return self.logs / "asyncrl.jsonl"
+
+    @property
+    def model(self) -> Path:
+        """A folder, as `transformers`, `peft` and vLLM open it."""
+        return self.root / "model"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    @classmethod
+    def create(cls, config: Config) -> RunFolder:
+        """Make the folder of `config.run_dir`, or `runs/<UTC time>-<4 hex>`, and write what is known at the start.
+
+        Raises `ConfigError` when the folder already holds a run, or cannot be made.
+        """
+        folder = cls((config.run_dir or _new_name()).absolute())
+        if found := folder.holds():
+            raise ConfigError(
+                f"run_dir: {folder.root} already holds a run ({', '.join(found)}). "
+                "Choose a new folder, or leave run_dir out to get a new one for each run."
+            )
+        try:
+            folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.logs.mkdir(mode=0o700, exist_ok=True)
+            folder.config.write_text(config_toml(config), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir: {folder.root} cannot be used: {error.strerror}. Choose a folder that you may write to."
+            ) from error
+        _write_json(folder.environment, environment())
+        return folder
+
+    def holds(self) -> list[str]:
+        """The names of a run's files that are already there."""
+        files = (self.config, self.environment, self.metrics, self.rollouts, self.summary, self.model, self.log)
+        return [file.name for file in files if file.exists()]
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json`; a reader never sees half of it."""
+        _write_json(self.summary, summary)
+
+
+def config_toml(config: Config) -> str:
+    """The settings as TOML that `asyncrl.cli.config.load_config` reads back to an equal `Config`."""
+    return tomli_w.dumps(_without_null(config, config.model_dump(mode="json")))
+
+
+def _without_null(section: BaseModel, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out a None that is the default; write `OFF` for one that is not."""
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = getattr(section, name)
+        if isinstance(inner, BaseModel):
+            kept[name] = _without_null(inner, value)
+        elif value is not None:
+            kept[name] = value
+        elif type(section).model_fields[name].default is not None:
+            kept[name] = OFF
+    return kept
+
+
+def _new_name() -> Path:
+    return Path("runs") / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Indented for readers; written beside and renamed. NaN becomes null."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(json.loads(encode(value)), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)

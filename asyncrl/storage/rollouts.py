@@ -1,0 +1,98 @@
+"""The rollout log: what the policy said, in words, for some groups of each step.
+
+Decoding thousands of tokens takes longer than the event loop may stand still, so one worker thread
+decodes and writes; `write` only hands the groups over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from asyncrl.metrics.jsonl import JsonlFile
+from asyncrl.types import Group, RolloutSample
+
+Decode = Callable[[list[int]], str]
+"""Token ids to text, special tokens included. Called from the log's thread: give it a tokenizer that no
+other thread uses."""
+
+
+class RolloutLog:
+    """Writes `rollouts.jsonl`: one line per group.
+
+    Owns the file and the thread. A write that fails (a full disk, a decoder that raises) is raised by the
+    next `write`, or by `close`.
+    """
+
+    def __init__(self, path: Path, decode: Decode, groups_per_step: int) -> None:
+        self._file = JsonlFile(path)
+        self._decode = decode
+        self._groups_per_step = groups_per_step
+        self._thread = ThreadPoolExecutor(1, "rollout-log")
+        self._writes: list[Future[None]] = []
+
+    def write(self, step: int, groups: Sequence[Group]) -> None:
+        """Take the first groups of optimizer step `step`. They must not change any more."""
+        chosen = list(groups[: self._groups_per_step])
+        for done in [write for write in self._writes if write.done()]:
+            self._writes.remove(done)
+            done.result()
+        if chosen:
+            self._writes.append(self._thread.submit(self._write, step, chosen))
+
+    def close(self) -> None:
+        """Wait until all is written."""
+        self._thread.shutdown()
+        self._file.close()
+        for write in self._writes:
+            write.result()
+
+    def _write(self, step: int, groups: list[Group]) -> None:
+        for group in groups:
+            self._file.write(describe(step, group, self._decode))
+
+
+def describe(step: int, group: Group, decode: Decode) -> dict[str, Any]:
+    """One group as the log shows it."""
+    return {
+        "step": step,
+        "row": group.row,
+        "epoch": group.epoch,
+        "group": group.sequence,
+        "version": group.version,
+        "rewards": group.rewards,
+        "advantages": group.advantages,
+        "seconds": round(group.finished_at - group.admitted_at, 3),
+        "rollouts": [
+            {
+                "reward": run.reward,
+                "advantage": advantage,
+                "samples": [_describe_sample(sample, decode) for sample in run.segments],
+            }
+            for run, advantage in zip(group.runs, group.advantages, strict=True)
+        ],
+    }
+
+
+def _describe_sample(sample: RolloutSample, decode: Decode) -> dict[str, Any]:
+    trained = sum(map(bool, sample.loss_mask))
+    versions = sample.versions or []
+    drawn_by = {version for version, mask in zip(versions, sample.loss_mask, strict=False) if mask}
+    described: dict[str, Any] = {
+        "tokens": len(sample.tokens),
+        "loss_tokens": trained,
+        "versions": sorted(drawn_by),
+        "text": _turns(sample, decode),
+    }
+    return described | ({"info": dict(sample.info)} if sample.info else {})
+
+
+def _turns(sample: RolloutSample, decode: Decode) -> list[dict[str, str]]:
+    """The text cut where the mask changes: `policy` is what is trained, `context` is everything else."""
+    turns = []
+    for trained, pairs in groupby(zip(sample.loss_mask, sample.tokens, strict=True), key=lambda pair: bool(pair[0])):
+        turns.append({"policy" if trained else "context": decode([token for _, token in pairs])})
+    return turns

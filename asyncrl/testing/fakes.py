@@ -1,0 +1,145 @@
+"""Fakes for the two seams: a sampler that is scripted and a trainer that counts.
+
+They keep the same contract as the real ones (tests/sampling/contract.py runs against both) and need neither
+torch nor a model, so a scheduler, a rollout function or an agent can be tested in virtual time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from asyncrl.errors import SamplerRequestError
+from asyncrl.types import Completion, Load, Probe, SampleRequest, StepResult, TrainSequence, Weights
+
+Script = Callable[[SampleRequest], Sequence[int]]
+"""What the fake policy answers."""
+
+
+def _nothing(request: SampleRequest) -> list[int]:
+    return [1] * min(4, request.params.max_tokens)
+
+
+class ScriptedSampler:
+    """Answers from a script, after `latency_s(request)` seconds, with at most `capacity` answers at once.
+
+    Every token has log-prob ln(1/2). A hot-load takes `publish_s`.
+    """
+
+    wants: Literal["tensors", "files"] = "tensors"
+
+    def __init__(
+        self,
+        script: Script = _nothing,
+        *,
+        latency_s: Callable[[SampleRequest], float] = lambda request: 0.0,
+        publish_s: Callable[[], float] = lambda: 0.0,
+        capacity: int | None = None,
+    ) -> None:
+        self._script = script
+        self._latency_s = latency_s
+        self._publish_s = publish_s
+        self._room = asyncio.Semaphore(capacity) if capacity else None
+        self._running = 0
+        self._waiting = 0
+        self._generated = 0
+        self.version = 0
+        self.published: list[int] = []
+
+    async def __aenter__(self) -> ScriptedSampler:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        return None
+
+    async def generate(self, request: SampleRequest) -> Completion:
+        if request.version is not None and request.version > self.version:
+            raise SamplerRequestError(f"version {request.version} is not live yet", recoverable=False)
+        self._waiting += 1
+        if self._room is None:
+            return await self._answer(request)
+        async with self._room:
+            return await self._answer(request)
+
+    async def _answer(self, request: SampleRequest) -> Completion:
+        self._waiting -= 1
+        self._running += 1
+        version = self.version if request.version is None else request.version
+        try:
+            await asyncio.sleep(self._latency_s(request))
+        finally:
+            self._running -= 1
+        tokens = list(self._script(request))[: request.params.max_tokens]
+        stopped = bool(tokens) and tokens[-1] in request.params.stop_token_ids
+        self._generated += len(tokens)
+        return Completion(
+            tokens, [-math.log(2.0)] * len(tokens), [version] * len(tokens), "stop" if stopped else "length"
+        )
+
+    async def score(self, token_ids: Sequence[int], version: int) -> list[float]:
+        return [-math.log(2.0)] * (len(token_ids) - 1)
+
+    async def publish(self, weights: Weights) -> None:
+        await asyncio.sleep(self._publish_s())
+        self.version = weights.version
+        self.published.append(weights.version)
+
+    async def load(self) -> Load:
+        return Load(self._running, self._waiting, generated_tokens=self._generated)
+
+
+class CountingTrainer:
+    """Trains nothing, keeps what it was given, and takes the time it is told to.
+
+    `batches[i]` holds the sequences of optimizer step i + 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        step_s: Callable[[], float] = lambda: 0.0,
+        on_sequences: Callable[[Sequence[TrainSequence], int], Awaitable[None] | None] | None = None,
+        probe: bool = False,
+    ) -> None:
+        self._step_s = step_s
+        self._on_sequences = on_sequences
+        self._probe = probe
+        self._batch: list[TrainSequence] = []
+        self.batches: list[list[TrainSequence]] = []
+        self.saved: list[Path] = []
+
+    @property
+    def step(self) -> int:
+        return len(self.batches)
+
+    async def __aenter__(self) -> CountingTrainer:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        return None
+
+    async def forward(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        return [[-math.log(2.0)] * (len(tokens) - 1) for tokens in sequences]
+
+    async def forward_backward(self, sequences: Sequence[TrainSequence]) -> None:
+        self._batch += sequences
+        if self._on_sequences is not None:
+            waiting = self._on_sequences(sequences, self.step)
+            if waiting is not None:
+                await waiting
+
+    async def optim_step(self) -> StepResult:
+        await asyncio.sleep(self._step_s())
+        self.batches.append(self._batch)
+        self._batch = []
+        return StepResult(self.step, {"loss": 0.0, "train_tokens": float(sum(len(s.tokens) for s in self.batches[-1]))})
+
+    async def save_weights_for_sampler(self) -> Weights:
+        probe = Probe((0, 1, 2), (-math.log(2.0),) * 2) if self._probe else None
+        return Weights(self.step, adapter=False, tensors={}, probe=probe)
+
+    async def save_model(self, folder: Path) -> None:
+        self.saved.append(folder)

@@ -1,0 +1,75 @@
+"""What is known of the optimizer batch that is being accumulated, and what is reported of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from asyncrl.losses import Counts, MetricSums, Normalization, denominator
+
+
+@dataclass(slots=True)
+class Accumulator:
+    """Sums over the microbatches since the last optimizer step. One per optimizer batch; the trainer writes it."""
+
+    device: torch.device
+    capacity_tokens: int
+    """Tokens that one microbatch may hold."""
+    counts: Counts = field(default_factory=Counts)
+    sequences: int = 0
+    train_tokens: int = 0
+    microbatches: int = 0
+    room_tokens: int = 0
+    """Tokens that the microbatches so far could have held."""
+    losses: list[Tensor] = field(default_factory=list)
+    """Loss sum of each microbatch, without gradient."""
+    metrics: MetricSums | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, lengths: tuple[int, ...], counts: Counts, loss: Tensor, metrics: MetricSums | None) -> None:
+        """Account for one microbatch of sequences of these lengths."""
+        tokens = sum(lengths)
+        self.counts += counts
+        self.sequences += len(lengths)
+        self.train_tokens += tokens
+        self.microbatches += 1
+        self.room_tokens += max(tokens, self.capacity_tokens)
+        self.losses.append(loss.detach())
+        if metrics is not None:
+            self.metrics = metrics if self.metrics is None else self.metrics + metrics
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Count the time within as `<phase>_s`; on a GPU, until its work is done."""
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def denominator(self, normalization: Normalization) -> float:
+        """What the summed gradient is divided by."""
+        return denominator(self.counts, normalization)
+
+    def loss(self, normalization: Normalization) -> float:
+        """The loss over the whole batch."""
+        total = float(torch.stack(self.losses).sum()) if self.losses else 0.0
+        return total / self.denominator(normalization)
+
+    def report(self, normalization: Normalization) -> dict[str, float]:
+        """Metrics of the batch by name."""
+        return {
+            "loss": self.loss(normalization),
+            "train_tokens": float(self.train_tokens),
+            "loss_tokens": float(self.counts.loss_tokens),
+            "sequences": float(self.sequences),
+            "microbatches": float(self.microbatches),
+            "pack_efficiency": self.train_tokens / self.room_tokens if self.room_tokens else 0.0,
+            **{f"{phase}_s": seconds for phase, seconds in self.seconds.items()},
+            **({} if self.metrics is None else self.metrics.means()),
+        }

@@ -1,0 +1,70 @@
+"""Weights on their way out: a snapshot in memory, or a folder that `transformers`, `peft` and vLLM open."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from asyncrl.training.model import PolicyModel, quiet_progress
+
+log = structlog.get_logger(__name__)
+
+
+def snapshot(policy: PolicyModel) -> dict[str, Tensor]:
+    """A copy of all weights under their state-dict names (tied ones once), or of the adapter's."""
+    if policy.adapter is not None:
+        return {name: tensor.detach().clone() for name, tensor in policy.adapter.tensors().items()}
+    return {name: parameter.detach().clone() for name, parameter in policy.causal_lm.named_parameters()}
+
+
+def write_folder(policy: PolicyModel, folder: Path, dtype: torch.dtype) -> Path:
+    """Write the model in `dtype`, or the adapter, to `folder`: beside it first, then renamed, so that whoever
+    sees `folder` sees all of it. An older folder of that name is replaced."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    with quiet_progress():
+        if policy.adapter is not None:
+            # "auto" would look the base model up on the hub to see whether its embedding had been resized.
+            policy.adapter.model.save_pretrained(str(unfinished), save_embedding_layers=False)
+        else:
+            _write_full(policy, unfinished, dtype)
+    if folder.exists():
+        shutil.rmtree(folder)
+    unfinished.rename(folder)
+    return folder
+
+
+def write_model(policy: PolicyModel, folder: Path, source: str) -> Path:
+    """As `write_folder` in the dtype of the source checkpoint, with the tokenizer of `source` beside it."""
+    write_folder(policy, folder, policy.source_dtype)
+    # From a folder without a tokenizer, `transformers` would make an empty one.
+    if Path(source).is_dir() and not any(Path(source).glob("*token*")):
+        log.warning("tokenizer_not_saved", model=source, because="there is none in the model's folder")
+        return folder
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+def _write_full(policy: PolicyModel, folder: Path, dtype: torch.dtype) -> None:
+    causal_lm = policy.causal_lm
+    parameters = {name: parameter.detach().to(dtype) for name, parameter in causal_lm.named_parameters()}
+    buffers = {name: buffer for name, buffer in causal_lm.state_dict().items() if _is_buffer(causal_lm, name)}
+    causal_lm.save_pretrained(folder, state_dict={**parameters, **buffers})
+    # `save_pretrained` writes the dtype of the model in memory, not that of the tensors it was given.
+    path = folder / "config.json"
+    settings: dict[str, Any] = json.loads(path.read_text())
+    settings["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def _is_buffer(module: torch.nn.Module, name: str) -> bool:
+    owner, _, leaf = name.rpartition(".")
+    return leaf in module.get_submodule(owner)._buffers

@@ -1,0 +1,287 @@
+"""The trainer: sequences in, gradients, optimizer steps, weights out. Synchronous, on one device.
+
+    forward_backward (any number of times) -> optim_step -> save_weights_for_sampler
+
+Gradients accumulate as plain sums; `optim_step` divides them once by what the whole optimizer batch holds,
+so that the result does not depend on how the batch was cut into chunks and microbatches.
+T tokens of a microbatch, N loss tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from asyncrl.config import Config
+from asyncrl.errors import ConfigError, TrainerError
+from asyncrl.losses import (
+    TIS,
+    Counts,
+    LossInputs,
+    MetricSums,
+    accepted_settings,
+    loss_sum,
+    metric_sums,
+    policy_loss,
+)
+from asyncrl.training.accumulator import Accumulator
+from asyncrl.training.batch import Batch, Tokens, check_sequences, check_tokens, make_batch, make_tokens, plan
+from asyncrl.training.export import snapshot, write_folder, write_model
+from asyncrl.training.logprobs import TokenLogprobs
+from asyncrl.training.model import PolicyModel, frozen_copy, load_policy
+from asyncrl.training.optimizer import check_schedule, learning_rate, make_optimizer, normalize_and_clip
+from asyncrl.types import Probe, StepResult, TrainSequence, Weights
+
+LossFunction = Callable[[LossInputs], Tensor]
+MicrobatchLoss = Callable[[Batch, TokenLogprobs], tuple[Tensor, LossInputs, MetricSums | None]]
+
+PROBE_TOKENS = 16
+
+
+class TorchTrainer:
+    """Owns the trained model, the optimizer, and the batch that is being accumulated.
+
+    Every verb blocks until it is done. Raises `ModelError` and `ConfigError` on construction, `TrainerError`
+    later; after one, the weights are those of the last step that succeeded.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        total_steps: int | None,
+        weights_format: Literal["tensors", "files"],
+        publish_folder: Path | None = None,
+    ) -> None:
+        """`total_steps` is what the learning rate falls over; `publish_folder` takes the folders of "files"."""
+        if weights_format == "files" and publish_folder is None:
+            raise ConfigError("the sampler reads weights from files, but no publish_folder was given. Name one.")
+        check_schedule(config.optimizer, total_steps)
+        self._config, self._total_steps = config, total_steps
+        self._weights_format, self._publish_folder = weights_format, publish_folder
+        self._policy = load_policy(config)
+        self._reference = self._make_reference()
+        self._parameters = self._policy.trained_parameters()
+        self._optimizer = make_optimizer(self._parameters, config.optimizer)
+        self._settings = _loss_settings(config)
+        self._step = 0
+        self._batch = self._new_batch()
+        self._probe = _spread_tokens(self._policy.vocab_size)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken: the version of the weights."""
+        return self._step
+
+    @property
+    def policy(self) -> PolicyModel:
+        """The model under training. Read it; only the trainer changes it."""
+        return self._policy
+
+    def set_probe(self, token_ids: Sequence[int]) -> None:
+        """Use these tokens for the canary, instead of ones spread over the vocabulary."""
+        self._check([token_ids])
+        self._probe = tuple(token_ids)
+
+    def forward(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs [n - 1] of each sequence but its first token, at temperature 1."""
+        self._check(sequences)
+        results: list[list[float]] = [[] for _ in sequences]
+        limit = self._config.trainer.max_tokens_per_microbatch
+        for indices in plan([len(tokens) for tokens in sequences], limit):
+            tokens = make_tokens([sequences[index] for index in indices], self._policy.device)
+            with self._guarded("forward"), torch.no_grad():
+                logprobs = self._policy.token_logprobs(tokens, 1.0).logprobs.tolist()  # [N]
+            start = 0
+            for index in indices:
+                end = start + len(sequences[index]) - 1
+                results[index] = logprobs[start:end]
+                start = end
+        return results
+
+    def forward_backward(self, sequences: Sequence[TrainSequence]) -> None:
+        """Add the gradient of the policy loss over `sequences` to that of the current optimizer batch."""
+        self._accumulate(sequences, self._config.sampling.temperature, self._policy_objective)
+
+    def forward_backward_custom(
+        self, sequences: Sequence[TrainSequence], loss_fn: LossFunction, *, temperature: float = 1.0
+    ) -> None:
+        """As `forward_backward`, with your own loss per token: `loss_fn(inputs) -> [N]`.
+
+        The inputs hold the loss tokens alone; old and reference log-probs are the policy's own, detached.
+        `asyncrl.losses.cross_entropy` is supervised training.
+        """
+
+        def objective(batch: Batch, found: TokenLogprobs) -> tuple[Tensor, LossInputs, None]:
+            inputs = _inputs(batch, found.logprobs, found.logprobs.detach(), None)
+            return policy_loss(loss_fn, inputs), inputs, None
+
+        self._accumulate(sequences, temperature, objective)
+
+    def optim_step(self) -> StepResult:
+        """Normalise over the whole optimizer batch, clip, step, and start a new batch."""
+        batch, self._batch = self._batch, self._new_batch()
+        settings, normalization = self._config.optimizer, self._config.loss.normalization
+        step = self._step + 1
+        if batch.microbatches == 0:
+            raise TrainerError(
+                f"optimizer step {step} has nothing to train: no sequence with a loss token was given. Call "
+                "forward_backward before optim_step."
+            )
+        with batch.timed("optimizer"), self._guarded(f"optimizer step {step}"):
+            report = batch.report(normalization)
+            rate = learning_rate(settings, step, self._total_steps)
+            norm = normalize_and_clip(self._parameters, batch.denominator(normalization), settings.grad_clip_norm)
+            if not (math.isfinite(norm) and math.isfinite(report["loss"])):
+                raise TrainerError(
+                    f"optimizer step {step} was not taken: its loss is {report['loss']} and its gradient norm {norm}, "
+                    "and both must be finite. The weights are unchanged. Lower optimizer.learning_rate, or look for "
+                    "log-probs and rewards out of range in rollouts.jsonl."
+                )
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+        self._step = step
+        metrics = {**report, "grad_norm": norm, "learning_rate": rate, "optimizer_s": batch.seconds["optimizer"]}
+        return StepResult(step=step, metrics=metrics)
+
+    def save_weights_for_sampler(self) -> Weights:
+        """A snapshot of the current weights, with what the sampler must reproduce under them."""
+        adapter = self._policy.adapter is not None
+        probe = Probe(self._probe, tuple(self.forward([self._probe])[0]))
+        if self._weights_format == "tensors":
+            return Weights(version=self._step, adapter=adapter, tensors=snapshot(self._policy), probe=probe)
+        assert self._publish_folder is not None
+        folder = self._publish_folder / f"policy-v{self._step}"
+        write_folder(self._policy, folder, self._policy.compute_dtype)
+        return Weights(version=self._step, adapter=adapter, folder=folder, probe=probe)
+
+    def save_model(self, folder: Path) -> None:
+        """Write the model or adapter, with its tokenizer, as `transformers`, `peft` and vLLM open it."""
+        write_model(self._policy, folder, self._config.model)
+
+    def _accumulate(self, sequences: Sequence[TrainSequence], temperature: float, objective: MicrobatchLoss) -> None:
+        self._check([sequence.tokens for sequence in sequences])
+        check_sequences(sequences)
+        trained = [sequence for sequence in sequences if any(sequence.loss_mask[1:])]
+        limit = self._config.trainer.max_tokens_per_microbatch
+        done: list[Tensor] = []
+        for indices in plan([len(sequence.tokens) for sequence in trained], limit):
+            members = [trained[index] for index in indices]
+            with self._guarded(f"forward and backward of step {self._step + 1}"):
+                done.append(self._microbatch(members, temperature, objective))
+        if done and not torch.isfinite(torch.stack(done)).all():
+            self._drop_batch()
+            raise TrainerError(
+                f"the loss of step {self._step + 1} is not finite. The weights are unchanged. Lower "
+                "optimizer.learning_rate, or look for log-probs and rewards out of range in rollouts.jsonl."
+            )
+
+    def _microbatch(self, members: Sequence[TrainSequence], temperature: float, objective: MicrobatchLoss) -> Tensor:
+        """Forward and backward of one microbatch; gives its loss sum, detached."""
+        batch = make_batch(members, self._policy.device)
+        with self._batch.timed("forward"):
+            found = self._policy.token_logprobs(batch.tokens, temperature)
+            per_token, inputs, metrics = objective(batch, found)
+            loss = loss_sum(per_token, inputs, self._config.loss.normalization)
+        with self._batch.timed("backward"):
+            torch.autograd.backward(loss)
+        counts = Counts(loss_tokens=len(batch.sequence_ids), sequences=batch.sequences)
+        self._batch.add(batch.tokens.layout.lengths, counts, loss, metrics)
+        return loss.detach()
+
+    def _policy_objective(self, batch: Batch, found: TokenLogprobs) -> tuple[Tensor, LossInputs, MetricSums]:
+        config = self._config
+        # One optimizer step per batch, so the policy before the step is the policy of this very forward.
+        anchored = config.loss.anchor == "old_policy"
+        old = found.logprobs.detach() if anchored else batch.behavior_logprobs
+        reference = self._reference_logprobs(batch.tokens) if config.loss.kl_beta > 0 else None
+        inputs = _inputs(batch, found.logprobs, old, reference)
+        per_token = policy_loss(config.policy_loss, inputs, **accepted_settings(config.policy_loss, self._settings))
+        metrics = metric_sums(
+            inputs,
+            eps_low=self._settings["eps_low"],
+            eps_high=self._settings["eps_high"],
+            tis=self._settings["tis"],
+            entropy=found.entropy,
+        )
+        return per_token, inputs, metrics
+
+    def _reference_logprobs(self, tokens: Tokens) -> Tensor:
+        temperature = self._config.sampling.temperature
+        adapter = self._policy.adapter
+        with torch.no_grad(), contextlib.nullcontext() if adapter is None else adapter.disabled():
+            reference = self._policy if self._reference is None else self._reference
+            return reference.token_logprobs(tokens, temperature).logprobs
+
+    def _make_reference(self) -> PolicyModel | None:
+        """The base model of an adapter is its reference; a full fine-tune keeps a frozen copy."""
+        needed = self._config.loss.kl_beta > 0 and self._policy.adapter is None
+        return frozen_copy(self._policy) if needed else None
+
+    def _new_batch(self) -> Accumulator:
+        return Accumulator(self._policy.device, self._config.trainer.max_tokens_per_microbatch)
+
+    def _drop_batch(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        self._batch = self._new_batch()
+
+    def _check(self, sequences: Sequence[Sequence[int]]) -> None:
+        check_tokens(sequences, self._policy.vocab_size, self._policy.max_length)
+
+    @contextlib.contextmanager
+    def _guarded(self, verb: str) -> Iterator[None]:
+        """Turn running out of memory into a `TrainerError`, and leave no half-made gradient behind an error."""
+        try:
+            yield
+        except TrainerError:
+            self._drop_batch()
+            raise
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            self._drop_batch()
+            if not _is_out_of_memory(error):
+                raise
+            raise TrainerError(
+                f"{self._policy.device.type} ran out of memory in {verb}, with trainer.max_tokens_per_microbatch="
+                f"{self._config.trainer.max_tokens_per_microbatch}. Lower it (results do not change), switch on "
+                "trainer.gradient_checkpointing, or train an adapter (lora.rank)."
+            ) from error
+
+
+def _inputs(batch: Batch, logprobs: Tensor, old: Tensor, reference: Tensor | None) -> LossInputs:
+    return LossInputs(
+        logprobs=logprobs,
+        old_logprobs=old,
+        behavior_logprobs=batch.behavior_logprobs,
+        ref_logprobs=reference,
+        advantages=batch.advantages,
+        loss_mask=torch.ones_like(batch.sequence_ids, dtype=torch.bool),
+        sequence_ids=batch.sequence_ids,
+    )
+
+
+def _loss_settings(config: Config) -> dict[str, Any]:
+    """The settings of the config under the names of `asyncrl.losses`; an objective takes those that it has."""
+    loss = config.loss
+    tis = None if loss.tis_cap is None else TIS(cap=loss.tis_cap, level=loss.tis_level)
+    return {"eps_low": loss.eps_low, "eps_high": loss.eps_high, "kl_beta": loss.kl_beta, "tis": tis}
+
+
+def _spread_tokens(vocab_size: int) -> tuple[int, ...]:
+    """Token ids far apart from each other, the same for every run of a model."""
+    golden = 0.6180339887498949
+    return tuple(int(math.fmod((place + 1) * golden, 1.0) * vocab_size) for place in range(PROBE_TOKENS))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # The CPU and MPS allocators have no exception type of their own.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory")
+    )

@@ -1,0 +1,243 @@
+"""The words of the engine as types: what flows between its stages, and the seams between them.
+
+    row -> Prompt -> rollout function -> RolloutSample | RolloutRun -> Group -> TrainSequence -> StepResult
+
+Everything here is plain data: no torch, no clock, no I/O, so that a stage may live in another
+thread, process or machine. N is the number of tokens of one sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next tokens are drawn. The trainer divides its logits by the same temperature."""
+
+    max_tokens: int
+    """Most tokens to draw, the stop token included."""
+    temperature: float = 1.0
+    """0 is greedy (evaluation only)."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the completion. The stop token is part of the completion."""
+    seed: int | None = None
+    """Makes this one request reproducible on a given sampler; None draws freely."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """Token ids in; a `Completion` comes out."""
+
+    token_ids: Sequence[int]
+    params: SamplingParams
+    session: str = ""
+    """Requests of one rollout share it: a sampler with replicas keeps them on one (prefix cache)."""
+    version: int | None = None
+    """Weights to sample with; None is the newest that is live."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the sampler drew. All three sequences have one entry per drawn token."""
+
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+    """Behaviour log-probs: natural log, after temperature (and top-p, top-k where they are on)."""
+    versions: Sequence[int]
+    """The weights that drew each token, in optimizer steps."""
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy the sampler is. Counters only grow; gauges speak of now."""
+
+    running: int
+    """Requests that are being decoded."""
+    waiting: int
+    """Requests that wait for room."""
+    kv_use: float | None = None
+    """Share of the KV cache in use, 0 to 1; None where the sampler cannot say."""
+    preemptions: int = 0
+    """Counter: requests that were thrown out of the KV cache and start again."""
+    rejected: int = 0
+    """Counter: requests that were refused (queue full) or lost on the way."""
+    generated_tokens: int = 0
+    """Counter: tokens drawn since the start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The canary: fixed tokens, and the trainer's log-probs for all of them but the first."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """[len(tokens) - 1], at temperature 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Weights on their way from the trainer to the sampler."""
+
+    version: int
+    """Optimizer steps behind these weights."""
+    adapter: bool
+    """True: a LoRA adapter alone; False: the whole model."""
+    folder: Path | None = None
+    """safetensors and config as `transformers` or `peft` open them, for samplers that read files."""
+    tensors: Mapping[str, Any] | None = None
+    """A snapshot of the tensors under their `transformers` / `peft` names, for samplers in this process."""
+    probe: Probe | None = None
+    """What the sampler must reproduce once these weights are live."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutSample:
+    """One trainable token sequence. The first four fields are the contract with the user."""
+
+    tokens: Sequence[int]
+    """[N] prompt, tool and generated tokens, in order."""
+    logprobs: Sequence[float]
+    """[N] behaviour log-probs; ignored where `loss_mask` is 0."""
+    loss_mask: Sequence[int]
+    """[N] 1 on tokens that the policy drew and that shall be trained, 0 elsewhere."""
+    reward: float
+    """Of the whole rollout. Finite."""
+    versions: Sequence[int] | None = None
+    """[N] the weights that drew each token; None: the oldest that this rollout's policy handle used."""
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """Anything JSON can hold, for the rollout log: messages, the answer, why the reward is what it is."""
+
+    @classmethod
+    def from_completion(
+        cls, prompt_tokens: Sequence[int], completion: Completion, reward: float, **info: Any
+    ) -> RolloutSample:
+        """The sample of a single-turn rollout: the prompt masked, the completion trained."""
+        masked = len(prompt_tokens)
+        return cls(
+            tokens=[*prompt_tokens, *completion.tokens],
+            logprobs=[0.0] * masked + list(completion.logprobs),
+            loss_mask=[0] * masked + [1] * len(completion.tokens),
+            reward=reward,
+            versions=[0] * masked + list(completion.versions),
+            info=info,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRun:
+    """The samples of one rollout whose history branched or was rewritten: one member, one reward."""
+
+    segments: Sequence[RolloutSample]
+    """At least one. All carry the same reward."""
+
+    @property
+    def reward(self) -> float:
+        return self.segments[-1].reward
+
+
+@dataclass(slots=True)
+class Group:
+    """The runs of one prompt, ready to be trained together."""
+
+    sequence: int
+    """Place in admission order."""
+    row: int
+    """Index of the dataset row."""
+    epoch: int
+    version: int
+    """The version that was live when the group was admitted."""
+    runs: list[RolloutRun]
+    advantages: list[float]
+    """One per run."""
+    admitted_at: float
+    finished_at: float
+
+    @property
+    def rewards(self) -> list[float]:
+        return [run.reward for run in self.runs]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSequence:
+    """One sample as the trainer sees it. All sequences are [N]."""
+
+    tokens: Sequence[int]
+    behavior_logprobs: Sequence[float]
+    loss_mask: Sequence[int]
+    advantage: float
+    """Of the run, on every loss token."""
+    group: int
+    """Samples of one group share a prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    step: int
+    """Optimizer steps taken so far, this one included: the version of the weights it made."""
+    metrics: Mapping[str, float]
+    """`loss`, `grad_norm`, `learning_rate`, `ppo_kl`, ...: names and meanings in docs/metrics.md."""
+
+
+class Sampler(Protocol):
+    """Draws tokens from the policy. Lives as an async context manager: `async with sampler: ...`.
+
+    Raises `SamplerRequestError` for one bad request, `SamplerError` when it cannot go on.
+    """
+
+    wants: Literal["tensors", "files"]
+    """The form of `Weights` that `publish` reads."""
+
+    @property
+    def version(self) -> int:
+        """The newest weights that are live."""
+
+    async def __aenter__(self) -> Sampler: ...
+
+    async def __aexit__(self, *exc: object) -> None: ...
+
+    async def generate(self, request: SampleRequest) -> Completion:
+        """Draw one completion. Cancelling this call frees its place in the engine."""
+
+    async def score(self, token_ids: Sequence[int], version: int) -> list[float]:
+        """Log-probs [N - 1] of `token_ids[1:]` under the weights of `version`, at temperature 1."""
+
+    async def publish(self, weights: Weights) -> None:
+        """Make `weights` live. On return, new requests are drawn from them."""
+
+    async def load(self) -> Load:
+        """How busy the sampler is, now."""
+
+
+class Trainer(Protocol):
+    """Turns sequences into gradients and gradients into weights. Lives as an async context manager."""
+
+    async def __aenter__(self) -> Trainer: ...
+
+    async def __aexit__(self, *exc: object) -> None: ...
+
+    async def forward(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs [N - 1] of each sequence but its first token, at temperature 1."""
+
+    async def forward_backward(self, sequences: Sequence[TrainSequence]) -> None:
+        """Add the gradient of these sequences to that of the current optimizer batch."""
+
+    async def optim_step(self) -> StepResult:
+        """Normalise over the whole optimizer batch, clip, step, and start a new batch."""
+
+    async def save_weights_for_sampler(self) -> Weights:
+        """A snapshot of the current weights in the form that the sampler wants."""
+
+    async def save_model(self, folder: Path) -> None:
+        """Write the model or adapter as `transformers`, `peft` and vLLM open it."""

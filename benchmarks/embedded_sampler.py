@@ -1,0 +1,142 @@
+"""Tokens per second of the embedded sampler, against what `transformers` offers on the same model.
+
+    python benchmarks/embedded_sampler.py [--skip-library] [--device cpu]
+
+- static: `generate` on one batch that begins and ends together, the bare speed of the model in `transformers`
+- library: the continuous batching of `transformers`, sized by hand for this load
+- ours: `TransformersSampler.generate`, all requests at once, through the event loop
+- ours, 4x: four times as many requests as run at once, with lengths from 1 to twice the mean, each replaced as it ends
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.generation import ContinuousBatchingConfig, GenerationConfig
+
+from asyncrl.sampling.transformers import TransformersSampler
+from asyncrl.types import SampleRequest, SamplingParams
+
+REPEATS = 5
+
+
+def tiny_model(folder: Path) -> LlamaForCausalLM:
+    """About 1.6 M parameters, random."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=192,
+        intermediate_size=448,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def prompts(count: int, length: int) -> list[list[int]]:
+    return torch.randint(0, 512, (count, length), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def best(run: Callable[[], float]) -> float:
+    """Tokens per second of the best repeat: the machine is shared."""
+    run()
+    return max(run() for _ in range(REPEATS))
+
+
+def static(model: LlamaForCausalLM, count: int, length: int, tokens: int) -> float:
+    ids = torch.tensor(prompts(count, length), device=model.device)
+    # top_k must be spelled out: `generate` draws from the 50 best by default.
+    settings = {"do_sample": True, "top_k": 0, "max_new_tokens": tokens, "min_new_tokens": tokens, "pad_token_id": 0}
+
+    def run() -> float:
+        began = time.perf_counter()
+        with torch.inference_mode():
+            model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        return count * tokens / (time.perf_counter() - began)
+
+    return best(run)
+
+
+def library(model: LlamaForCausalLM, count: int, length: int, tokens: int) -> float:
+    generation = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=tokens, eos_token_id=-1, pad_token_id=0)
+    sizes = ContinuousBatchingConfig(num_blocks=512, max_batch_tokens=512, page_size=32)
+
+    def run() -> float:
+        began = time.perf_counter()
+        model.generate_batch(
+            prompts(count, length), generation, continuous_batching_config=sizes, progress_bar=False
+        )
+        return count * tokens / (time.perf_counter() - began)
+
+    run()
+    return max(run() for _ in range(2))
+
+
+async def ours(folder: str, device: str, count: int, length: int, tokens: int) -> tuple[float, float]:
+    lengths = [1 + (i * 2 * tokens) // (4 * count) for i in range(4 * count)]
+    order = torch.randperm(4 * count, generator=torch.Generator().manual_seed(2)).tolist()
+
+    async with TransformersSampler(folder, max_running=count, device=device) as sampler:
+
+        async def one(prompt: list[int], limit: int) -> int:
+            completion = await sampler.generate(SampleRequest(prompt, SamplingParams(max_tokens=limit)))
+            return len(completion.tokens)
+
+        async def burst() -> float:
+            began = time.perf_counter()
+            drawn = await asyncio.gather(*(one(prompt, tokens) for prompt in prompts(count, length)))
+            return sum(drawn) / (time.perf_counter() - began)
+
+        async def stream() -> float:
+            jobs = iter([(prompt, lengths[i]) for i, prompt in zip(order, prompts(4 * count, length), strict=True)])
+
+            async def worker() -> int:
+                return sum([await one(prompt, limit) for prompt, limit in jobs])
+
+            began = time.perf_counter()
+            drawn = await asyncio.gather(*(worker() for _ in range(count)))
+            return sum(drawn) / (time.perf_counter() - began)
+
+        await burst()
+        return max([await burst() for _ in range(REPEATS)]), max([await stream() for _ in range(3)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--skip-library", action="store_true", help="leave out transformers' continuous batching")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_model(Path(folder)).to(options.device)
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{size:.2f} M parameters, {options.device}, {torch.get_num_threads()} threads, tokens/s")
+        print(f"{'tokens':>10} {'rows':>5} {'static':>8} {'library':>8} {'ours':>8} {'share':>6} {'ours, 4x':>9}")
+        for length, tokens in ((64, 32), (24, 6)):
+            for count in (1, 8, 32, 64):
+                bare = static(model, count, length, tokens)
+                batching = float("nan") if options.skip_library else library(model, count, length, tokens)
+                burst, stream = asyncio.run(ours(folder, options.device, count, length, tokens))
+                print(
+                    f"{length:>5} in {tokens:<2} {count:>4} {bare:8.0f} {batching:8.0f} {burst:8.0f} "
+                    f"{burst / bare:6.2f} {stream:9.0f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

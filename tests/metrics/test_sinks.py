@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from asyncrl.config import Config
+from asyncrl.errors import ConfigError
+from asyncrl.metrics.sinks import SinkList, open_sinks
+
+CONFIG = Config(model="some/model", seed=7)
+
+
+class FakeRun:
+    """A run of wandb or trackio, as far as a sink uses one."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.logged: list[tuple[int, dict[str, Any]]] = []
+        self.finished = 0
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def fake_tracker(monkeypatch: pytest.MonkeyPatch, name: str) -> list[FakeRun]:
+    """Put a tracker in the place of the package `name`; its runs are collected in the list."""
+    runs: list[FakeRun] = []
+
+    def init(**settings: Any) -> FakeRun:
+        runs.append(FakeRun(settings))
+        return runs[-1]
+
+    module = ModuleType(name)
+    module.init = init  # type: ignore[attr-defined]
+    module.Settings = dict  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, name, module)
+    return runs
+
+
+def test_metrics_file_has_one_line_per_step(tmp_path: Path) -> None:
+    sinks = open_sinks((), tmp_path, CONFIG)
+    sinks.write({"step": 1, "loss": 0.5})
+    sinks.write({"step": 2, "loss": math.nan})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # before close: a reader may follow
+    sinks.close()
+    assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None}]
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_trackers_get_the_config_and_each_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str) -> None:
+    runs = fake_tracker(monkeypatch, tracker)
+    sinks = open_sinks([tracker], tmp_path / "run-1", CONFIG) if (tmp_path / "run-1").mkdir() is None else None
+    assert sinks is not None
+    sinks.write({"step": 3, "reward_mean": 0.25})
+    sinks.close()
+    (run,) = runs
+    assert run.settings["name"] == "run-1"
+    assert run.settings["config"]["seed"] == 7
+    step, values = run.logged[0]
+    assert (step, values["reward_mean"]) == (3, 0.25)
+    assert run.finished == 1
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])
+def test_a_missing_tracker_is_named_with_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str
+) -> None:
+    for module in [name for name in sys.modules if name.split(".")[0] == tracker]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, tracker, None)
+    with pytest.raises(ConfigError, match=rf"pip install 'asyncrl\[{tracker}\]'"):
+        open_sinks([tracker], tmp_path, CONFIG)
+
+
+def test_a_tracker_that_is_already_open_is_closed_when_the_next_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = fake_tracker(monkeypatch, "wandb")
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(ConfigError):
+        open_sinks(["wandb", "trackio"], tmp_path, CONFIG)
+    assert runs[0].finished == 1
+
+
+def test_every_sink_is_closed_when_one_fails() -> None:
+    closed = []
+
+    class Sink:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def write(self, record: Mapping[str, float | int | str]) -> None: ...
+
+        def close(self) -> None:
+            closed.append(self.name)
+            if self.name == "b":
+                raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        SinkList([Sink("a"), Sink("b"), Sink("c")]).close()
+    assert sorted(closed) == ["a", "b", "c"]
+
+
+def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="an optional tracker")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sinks = open_sinks(["tensorboard"], tmp_path, CONFIG)
+    for step in (1, 2):
+        sinks.write({"step": step, "reward_mean": step / 4, "loss": math.nan, "note": "text"})
+    sinks.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["reward_mean"]
+    assert [(event.step, event.value) for event in events.Scalars("reward_mean")] == [(1, 0.25), (2, 0.5)]

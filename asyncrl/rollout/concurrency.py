@@ -27,7 +27,11 @@ GROWTH = 0.05
 """Afterwards it grows by this share per turnover."""
 SLACK = 0.05
 """A queue of up to this share of the window only keeps the engine fed: neither growth nor congestion."""
-MIN_SLACK = 1
+MIN_SLACK = 2
+SUSTAINED = 2
+"""Observations in a row that must see a queue: requests that have just arrived wait for the next engine step only."""
+EVENT_SHRINK = 0.1
+"""Preemptions and refusals tell no number of requests too many: this share of the window goes."""
 MAX_SHRINK = 0.5
 """One congestion takes away at most this share."""
 KV_TAPER = 0.8
@@ -125,6 +129,7 @@ class AdaptiveWindow:
         self._ceiling = math.inf
         self._at_ceiling = 0.0
         self._settling = 0
+        self._queued = 0
         self._congested = False
         self._counters: tuple[int, int] | None = None
         self._seen_at = -math.inf
@@ -168,15 +173,17 @@ class AdaptiveWindow:
         if draining:
             return
         allowed = max(MIN_SLACK, SLACK * self._window)
-        if events or load.waiting > allowed:
-            self._shrink(load, "preempted or refused requests" if events else f"{load.waiting} requests wait")
+        self._queued = self._queued + 1 if load.waiting > allowed else 0
+        if events:
+            self._shrink(self._window * EVENT_SHRINK, 0, "preempted or refused requests")
+        elif self._queued >= SUSTAINED:
+            self._shrink(load.waiting, load.running, f"{load.waiting} requests wait")
         elif fresh and bound and load.waiting <= allowed / 2:
             self._grow(load, min(turnovers, 1.0))
 
-    def _shrink(self, load: Load, reason: str) -> None:
-        self._ceiling, self._at_ceiling, self._congested = self._window, 0.0, True
-        excess = max(load.waiting, 1, self._window * GROWTH)
-        self._set(max(self._window - excess, self._window * (1 - MAX_SHRINK)), reason)
+    def _shrink(self, excess: float, floor: int, reason: str) -> None:
+        self._ceiling, self._at_ceiling, self._congested, self._queued = self._window, 0.0, True, 0
+        self._set(max(self._window - max(excess, 1.0), self._window * (1 - MAX_SHRINK), float(floor)), reason)
         # Its effect shows when the rollouts that were begun under the old window have ended.
         self._settling = self._slots.in_flight
 

@@ -69,6 +69,9 @@ class Counts:
     groups: int = 0
     filtered: int = 0
     rejected: int = 0
+    requeued: int = 0
+    stale: int = 0
+    """Groups that were dropped because they were too old."""
     reward_sum: float = 0.0
     reward_count: int = 0
 
@@ -169,15 +172,16 @@ class Scheduler:
 
     def requeue(self, group: Group) -> None:
         """Roll the group's prompt out again: it was too old to be trained."""
+        self.counts.requeued += 1
         self.stream.give_back(group.epoch, group.row)
         self.budget.leave()
         self.queue.reopen()
         self.pump()
 
-    def reject(self, group: Group, reason: str) -> None:
+    def reject_stale(self, group: Group) -> None:
         """The group was too old to be trained and is dropped."""
-        self.ledger.rejected((group.epoch, group.row), reason)
-        self.counts.rejected += 1
+        self.ledger.rejected((group.epoch, group.row), "stale")
+        self.counts.stale += 1
         self.budget.leave()
         self.pump()
 

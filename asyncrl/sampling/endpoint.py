@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import aiohttp
@@ -157,6 +158,11 @@ class Endpoint:
         try:
             await self._as_fatal(what, lambda: self.post("/pause", params=PAUSE[in_flight], timeout_s=timeout_s))
             await self._as_fatal(what, replace)
+        except SamplerError:
+            # A step over half-loaded weights kills the engine: what is in flight ends before anything is resumed.
+            with suppress(SamplerError, SamplerRequestError):
+                await self.post("/pause", params={"mode": "abort"}, timeout_s=RESUME_TIMEOUT_S)
+            raise
         finally:
             with anyio.CancelScope(shield=True):
                 await self._as_fatal(what, lambda: self.post("/resume", timeout_s=RESUME_TIMEOUT_S))

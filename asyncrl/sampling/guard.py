@@ -24,9 +24,12 @@ def main(grace_s: float, command: list[str]) -> None:
     signal.signal(signal.SIGINT, lambda *_: None)
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, stderr=sys.stderr)
     threading.Thread(target=_end_with_owner, args=(child, grace_s), daemon=True).start()
-    print(child.wait(), flush=True)
-    # The server's workers, where it could not end them itself, and the guard.
-    os.killpg(0, signal.SIGKILL)
+    code = child.wait()
+    try:
+        print(code, flush=True)
+    finally:  # nobody listens where the owner was killed
+        # The server's workers, where it could not end them itself, and the guard.
+        os.killpg(0, signal.SIGKILL)
 
 
 def _end_with_owner(child: subprocess.Popen[bytes], grace_s: float) -> None:

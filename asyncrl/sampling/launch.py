@@ -237,9 +237,18 @@ def _listener(port: int) -> str:
     return ""
 
 
-def likely_cause(log_tail: str) -> str:
-    """What to do about a server that did not start, from the end of its log."""
+def root_error(log: str) -> str | None:
+    """The last error of the engine, else of anything: vLLM prints it far above the end of its log, which is only
+    about the engine that did not start."""
+    found = re.findall(r"^(.*?)((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt): .+)$", log, re.MULTILINE)
+    told = [error for _, error in found if "See root cause above" not in error and "See stack trace" not in error]
+    engines = [error for prefix, error in found if "EngineCore" in prefix and error in told]
+    return (engines or told or [None])[-1]
+
+
+def likely_cause(said: str) -> str:
+    """What to do about a server that ended, from its last words."""
     for pattern, advice in CAUSES:
-        if re.search(pattern, log_tail):
+        if re.search(pattern, said):
             return advice
     return "The log says why."

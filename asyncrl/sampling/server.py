@@ -22,7 +22,7 @@ import anyio
 import structlog
 
 from asyncrl.errors import SamplerError
-from asyncrl.sampling.launch import Launch, likely_cause
+from asyncrl.sampling.launch import Launch, likely_cause, root_error
 
 logger = structlog.get_logger()
 
@@ -32,7 +32,7 @@ GRACE_S = 10.0
 POLL_S = 0.2
 LOG_LINES = 25
 """Lines of the log in the message about a server that died."""
-LOG_BYTES = 1 << 15
+LOG_BYTES = 1 << 17
 
 
 class Server:
@@ -61,6 +61,11 @@ class Server:
             )
         return cls(launch, process)
 
+    @property
+    def pid(self) -> int:
+        """Of the guard, which is also the id of the process group."""
+        return self._process.pid
+
     async def _watch(self) -> None:
         """Consumes the guard's last word, produces `obituary`. Woken by the end of the guard."""
         assert self._process.stdout is not None
@@ -76,17 +81,23 @@ class Server:
     def _describe(self, code: int) -> str:
         how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
         out_of_memory = " (often the kernel's answer to a machine without memory left)" if code == -9 else ""
-        tail = self.log_tail()
+        log = self._log()
+        tail = _last_lines(log)
+        error = root_error(log)
         return (
-            f"vLLM replica {self.launch.name} at {self.launch.url} ended with {how}{out_of_memory}. "
-            f"{likely_cause(tail)} The end of {self.launch.log}:\n{tail}"
+            f"vLLM replica {self.launch.name} at {self.launch.url} ended with {how}{out_of_memory}"
+            f"{f': {error}' if error else ''}. {likely_cause(f'{error} {tail}')} "
+            f"The end of {self.launch.log}:\n{tail}"
         )
 
     def log_tail(self) -> str:
         """The last lines of the log."""
+        return _last_lines(self._log())
+
+    def _log(self) -> str:
         with self.launch.log.open("rb") as log:
             log.seek(max(0, self.launch.log.stat().st_size - LOG_BYTES))
-            return "\n".join(log.read().decode(errors="replace").splitlines()[-LOG_LINES:])
+            return log.read().decode(errors="replace")
 
     async def ends_within(self, limit_s: float) -> bool:
         """Whether the server is gone, or goes within `limit_s`: a lost connection is noticed before an exit is."""
@@ -107,7 +118,11 @@ class Server:
 
     def _kill(self) -> None:
         with suppress(ProcessLookupError, PermissionError):  # gone; macOS says permission for a group of zombies
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+def _last_lines(log: str) -> str:
+    return "\n".join(log.splitlines()[-LOG_LINES:])
 
 
 @asynccontextmanager

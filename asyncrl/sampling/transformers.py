@@ -87,7 +87,9 @@ class TransformersSampler:
 
     @classmethod
     def from_config(cls, config: Config, *, torch_threads: int | None = None) -> TransformersSampler:
-        """The sampler of a run. Keeps as many versions as may still be trained on, where versions are cheap."""
+        """The sampler of a run. It keeps the versions that may still be trained on, where requests are pinned to
+        them, and only the newest one elsewhere.
+        """
         side_by_side = config.lora.rank > 0 or config.sampler.version_policy == "per_rollout"
         return cls(
             config.model,
@@ -97,10 +99,10 @@ class TransformersSampler:
             max_running=config.sampler.max_running,
             in_flight=config.sampler.in_flight,
             version_policy=config.sampler.version_policy,
-            keep_versions=keep_versions if keep_versions is not None else keep,
-            context_tokens=config.max_seq_len or context_tokens,
-            request_timeout_s=config.sampler.request_timeout_s,
+            keep_versions=config.staleness.max_staleness + 2 if side_by_side else 1,
+            context_tokens=config.max_seq_len,
             torch_threads=torch_threads,
+            request_timeout_s=config.sampler.request_timeout_s,
             seed=config.seed,
         )
 
@@ -116,9 +118,7 @@ class TransformersSampler:
             ModelError: the model cannot be found or used.
         """
         self._loop = asyncio.get_running_loop()
-        self._base: LiveModel = await asyncio.to_thread(
-            load_base, self._model, device=self._device, dtype=self._dtype
-        )
+        self._base: LiveModel = await asyncio.to_thread(load_base, self._model, device=self._device, dtype=self._dtype)
         self._context_tokens = self._context_limit or min(_longest(self._base), DEFAULT_CONTEXT_TOKENS)
         self._versions = ModelVersions(self._base, keep=self._keep_versions, lora_scale=self._lora_scale)
         self._worker = Worker(self._versions, self._settings, self._deliver_from_worker)
@@ -182,12 +182,10 @@ class TransformersSampler:
         self._version = weights.version
 
     async def load(self) -> Load:
-        """How busy the sampler is, now. `kv_use` is the share of rows that are taken."""
-        running = self._worker.running
+        """How busy the sampler is, now. Only requests that find no row wait; the others join at the next step."""
         return Load(
-            running=running,
-            waiting=max(0, self._open - running),
-            kv_use=running / self._settings.max_running,
+            running=self._worker.running,
+            waiting=max(0, self._open - self._settings.max_running),
             generated_tokens=self._worker.generated_tokens,
         )
 

@@ -37,7 +37,7 @@ from asyncrl.sampling.params import (
     scoring_body,
 )
 from asyncrl.sampling.routing import AdapterShelf, Router
-from asyncrl.sampling.server import serve
+from asyncrl.sampling.server import Server, serve
 from asyncrl.types import Completion, Load, SampleRequest, Weights
 
 logger = structlog.get_logger()
@@ -88,6 +88,11 @@ class VllmSampler:
     def urls(self) -> list[str]:
         """Where the servers answer."""
         return [endpoint.url for endpoint in self._endpoints]
+
+    @property
+    def servers(self) -> list[Server]:
+        """Those that this sampler started."""
+        return [endpoint.server for endpoint in self._endpoints if endpoint.server is not None]
 
     async def __aenter__(self) -> VllmSampler:
         _raise_open_files_limit()

@@ -11,6 +11,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -160,6 +161,11 @@ def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, torch.dtype]:
     """The model, and the dtype of its checkpoint."""
+    if (name.startswith(("/", ".", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise ModelError(
+            f"model {name!r}: there is no such folder. Expected a folder with config.json and safetensors of a causal "
+            "language model, or a name on the Hugging Face hub, such as 'Qwen/Qwen3-0.6B'."
+        )
     try:
         with quiet_progress():
             model, report = AutoModelForCausalLM.from_pretrained(name, dtype="auto", output_loading_info=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import pytest
 
 from asyncrl.errors import SamplerRequestError
-from asyncrl.types import Completion, Sampler, SampleRequest, SamplingParams, Weights
+from asyncrl.types import Completion, Load, Sampler, SampleRequest, SamplingParams, Weights
 
 TOLERANCE = 1e-3
 """Of a log-prob in float32, sampler against truth."""
@@ -69,13 +69,21 @@ async def publish_next(subject: Subject) -> int:
     return version
 
 
+async def until(subject: Subject, reached: Callable[[Load], bool], *tasks: asyncio.Task[Completion]) -> Load:
+    """Ask for the load until `reached` says yes. None of `tasks` may end before."""
+    async with asyncio.timeout(LIMIT_S):
+        while True:
+            load = await subject.sampler.load()
+            if reached(load):
+                return load
+            for task in tasks:
+                assert not task.done(), f"ended early: {task}"
+            await asyncio.sleep(0.01)
+
+
 async def until_running(subject: Subject, *tasks: asyncio.Task[Completion]) -> None:
     """Wait until the requests of `tasks`, and no others, are in the engine."""
-    async with asyncio.timeout(LIMIT_S):
-        while (load := await subject.sampler.load()).running + load.waiting != len(tasks):
-            for task in tasks:
-                assert not task.done(), f"ended before it was seen to run: {task}"
-            await asyncio.sleep(0.02)
+    await until(subject, lambda load: load.running + load.waiting == len(tasks), *tasks)
 
 
 async def completion_has_one_entry_per_token(subject: Subject) -> None:
@@ -159,9 +167,7 @@ async def cancelling_frees_the_place(subject: Subject) -> None:
 async def load_counts_what_was_drawn(subject: Subject) -> None:
     before = await subject.sampler.load()
     await draw(subject, subject.prompt)
-    async with asyncio.timeout(LIMIT_S):
-        while (after := await subject.sampler.load()).generated_tokens < before.generated_tokens + 12:
-            await asyncio.sleep(0.02)
+    after = await until(subject, lambda load: load.generated_tokens >= before.generated_tokens + 12)
     assert after.generated_tokens == before.generated_tokens + 12
     assert after.kv_use is None or 0 <= after.kv_use <= 1
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from asyncrl.sampling.embedded.attention import grouped_attention, use_grouped_attention
 from asyncrl.sampling.embedded.batch import DecodeBatch, Finished, Ticket
 from asyncrl.sampling.embedded.draw import DrawParams, draw, stream_of_seed, uniforms
 from asyncrl.sampling.embedded.versions import LiveModel
@@ -49,6 +50,7 @@ def make(kind: str, seed: int = 0) -> LiveModel:
         ),
     }
     module = builders[kind]().eval()
+    use_grouped_attention(module)
     return LiveModel(module, seed, 2, VOCABULARY, torch.device("cpu"), {"logits_to_keep": 1})
 
 
@@ -90,6 +92,17 @@ def agree(model: LiveModel, finished: list[Finished], tolerance: float = 1e-4) -
         assert item.completion.logprobs == pytest.approx(reference(model, item), abs=tolerance)
 
 
+def test_grouped_attention_is_that_of_repeated_keys() -> None:
+    random = torch.Generator().manual_seed(0)
+    query, key, value = [
+        torch.randn(3, heads, *shape, generator=random) for heads, *shape in [(6, 1, 8), (2, 9, 8), (2, 9, 8)]
+    ]
+    mask = torch.arange(9)[None, None, None] >= torch.tensor([0, 4, 8])[:, None, None, None]  # [3, 1, 1, 9]
+    found, _ = grouped_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+    scores = (query @ key.repeat_interleave(3, 1).mT * 0.3).masked_fill(~mask, -torch.inf)
+    torch.testing.assert_close(found, (scores.softmax(-1) @ value.repeat_interleave(3, 1)).transpose(1, 2))
+
+
 class TestDraw:
     def params(self, rows: int, **tensors: Any) -> DrawParams:
         return DrawParams(torch.ones(rows, 1), **{"greedy": None, "top_k": None, "top_p": None, **tensors})
@@ -116,7 +129,8 @@ class TestDraw:
         assert drawn.logprobs.tolist() == pytest.approx([math.log(0.5)] * 2)
 
     @pytest.mark.parametrize(
-        ("top_k", "top_p", "kept"), [(2, 1.0, [0, 2]), (5, 0.45, [0, 2]), (5, 0.4, [0]), (2, 0.6, [0, 2]), (1, 0.1, [0])]
+        ("top_k", "top_p", "kept"),
+        [(2, 1.0, [0, 2]), (5, 0.45, [0, 2]), (5, 0.4, [0]), (2, 0.6, [0, 2]), (1, 0.1, [0])],
     )
     def test_top_k_comes_before_top_p(self, top_k: int, top_p: float, kept: list[int]) -> None:
         """0.4, 0.1, 0.3, 0.1, 0.1: the two best are 4/7 and 3/7 of what top_k=2 leaves."""
@@ -167,7 +181,12 @@ class TestBatch:
         for item in finished + run(batch):
             ids = torch.from_numpy(item.ticket.prompt)[None]
             expected = model.module.generate(  # type: ignore[operator]
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=0, eos_token_id=-1
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=12,
+                pad_token_id=0,
+                eos_token_id=-1,
             )
             assert list(item.completion.tokens) == expected[0, ids.shape[1] :].tolist()
 
@@ -183,18 +202,18 @@ class TestBatch:
         assert [item.completion.tokens for item in run(batch) if item.ticket is mine] == [expected]
 
     def test_a_stop_token_ends_and_belongs_to_the_completion(self) -> None:
+        """Rows with different numbers of stop tokens, one of which hits."""
         model = make("llama")
+        free = DecodeBatch(model, max_rows=4, prefill_tokens=1000)
+        drawn = (free.join([ticket(prompt(4), seed=3, max_tokens=20)]) + run(free))[0].completion
+        first = drawn.tokens.index(drawn.tokens[7])
+        absent = next(token for token in range(VOCABULARY) if token not in drawn.tokens)
         batch = DecodeBatch(model, max_rows=4, prefill_tokens=1000)
-        free = (batch.join([ticket(prompt(4), seed=3, max_tokens=20)]) + run(batch))[0].completion
-        assert free.finish_reason == "length"
-        stop = free.tokens[7]
-        mine = ticket(prompt(4), seed=3, max_tokens=20, stop_token_ids=(VOCABULARY - 1 - stop, stop))
-        bound = (batch.join([mine, ticket(prompt(6))]) + run(batch))[-1]
-        first = min(i for i, token in enumerate(free.tokens) if token in mine.params.stop_token_ids)
-        bound = next(item for item in [bound] if item.ticket is mine) if bound.ticket is mine else bound
-        again = batch.join([ticket(prompt(4), seed=3, max_tokens=20, stop_token_ids=mine.params.stop_token_ids)]) + run(batch)
-        assert again[0].completion.tokens == free.tokens[: first + 1]
-        assert again[0].completion.finish_reason == "stop"
+        mine = ticket(prompt(4), seed=3, max_tokens=20, stop_token_ids=(absent, drawn.tokens[7]))
+        finished = batch.join([ticket(prompt(4), seed=3, max_tokens=20, stop_token_ids=(absent,)), mine]) + run(batch)
+        found = {item.ticket is mine: item.completion for item in finished}
+        assert (found[True].tokens, found[True].finish_reason) == (drawn.tokens[: first + 1], "stop")
+        assert (found[False].tokens, found[False].finish_reason) == (drawn.tokens, "length")
 
     def test_rows_that_leave_make_room_and_disturb_nobody(self) -> None:
         model = make("llama")

@@ -2,6 +2,7 @@
 
     draw.py     logits -> tokens and behaviour log-probs                    (pure)
     columns.py  the KV cache: rows aligned at one column                    (tensors)
+    attention.py  one new token per row, keys and values shared by a group of heads
     batch.py    rows that share weights: join, step, leave                  (tensors and numpy)
     versions.py weights by version: full models and adapters side by side   (modules)
     worker.py   the thread that runs them all

@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from asyncrl.errors import ModelError, SamplerError
+from asyncrl.sampling.embedded.attention import use_grouped_attention
 from asyncrl.types import Weights
 
 _LORA = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
@@ -80,6 +81,7 @@ def load_base(model: str, *, device: torch.device, dtype: torch.dtype) -> LiveMo
             "ordinary attention layers. Use sampler.kind='vllm', or another model."
         )
     module.to(device).eval().requires_grad_(False)
+    use_grouped_attention(module)
     known = inspect.signature(module.forward).parameters
     return LiveModel(
         module=module,

@@ -1,0 +1,215 @@
+"""Servers that die, do not start, or must not outlive their owner."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from asyncrl.config import Config
+from asyncrl.errors import ModelError, SamplerError
+from asyncrl.sampling.launch import Launch
+from asyncrl.sampling.server import Server, serve
+from asyncrl.sampling.vllm import VllmSampler
+from tests.sampling.contract import draw, until
+from tests.sampling.truth import PROMPT, Truth
+
+LIMIT_S = 60.0
+needs_vllm = pytest.mark.vllm
+
+
+@pytest.fixture
+def vllm() -> None:
+    pytest.importorskip("vllm", reason="needs vLLM: docs/vllm.md says how to install it")
+
+
+def family(pid: int) -> list[psutil.Process]:
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+async def until_gone(processes: list[psutil.Process]) -> None:
+    """Wait until none runs. A zombie has ended, and waits for its parent only."""
+    await until_true(lambda: not any(_runs(process) for process in processes))
+
+
+async def until_true(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while True:
+            if holds():
+                return
+            await asyncio.sleep(0.02)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def launch_of(tmp_path: Path, code: str) -> Launch:
+    """A stand-in for a server: a Python program, with a child of its own."""
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(code))
+    return Launch("vllm-0", _free_port(), (sys.executable, str(program)), {}, tmp_path / "logs" / "vllm-0.log")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+DEAF = """
+    import signal, subprocess, sys, time
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print("started", flush=True)
+    time.sleep(600)
+"""
+OBEDIENT = DEAF.replace("signal.SIG_IGN", "signal.SIG_DFL")
+
+
+async def until_log_says(launch: Launch, text: str) -> None:
+    await until_true(lambda: launch.log.exists() and text in launch.log.read_text())
+
+
+@pytest.mark.parametrize("code", [OBEDIENT, DEAF], ids=["obedient", "deaf"])
+async def test_stop_ends_the_whole_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    monkeypatch.setattr("asyncrl.sampling.server.GRACE_S", 0.3)
+    server = await Server.start(launch_of(tmp_path, code))
+    await until_log_says(server.launch, "started")
+    processes = family(server.pid)
+    assert len(processes) == 3  # guard, server, its worker
+    await server.stop()
+    await until_gone(processes)
+
+
+async def test_cancelled_start_leaves_no_process(tmp_path: Path) -> None:
+    launch = launch_of(tmp_path, OBEDIENT)
+
+    async def start() -> None:
+        async with serve([launch], timeout_s=LIMIT_S):
+            raise AssertionError("it never becomes ready")
+
+    task = asyncio.create_task(start())
+    await until_log_says(launch, "started")
+    guard = next(child for child in psutil.Process().children() if launch.command[1] in child.cmdline())
+    processes = family(guard.pid)
+    assert len(processes) == 3
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until_gone(processes)
+
+
+async def test_owner_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
+    launch = launch_of(tmp_path, OBEDIENT)
+    owner_code = f"""
+        import asyncio
+        from pathlib import Path
+        from asyncrl.sampling.launch import Launch
+        from asyncrl.sampling.server import serve
+
+        async def main():
+            launch = Launch("vllm-0", {launch.port}, {launch.command!r}, {{}}, Path({str(launch.log)!r}))
+            async with serve([launch], 60):
+                pass
+
+        asyncio.run(main())
+    """
+    owner = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", textwrap.dedent(owner_code), stdout=asyncio.subprocess.DEVNULL
+    )
+    await until_log_says(launch, "started")
+    processes = family(owner.pid)
+    assert len(processes) == 4
+    owner.kill()
+    await owner.wait()
+    await until_gone(processes)
+
+
+async def test_server_that_ends_while_it_starts_is_named_with_its_log(tmp_path: Path) -> None:
+    launch = launch_of(tmp_path, "raise MemoryError('torch.OutOfMemoryError: CUDA out of memory')")
+    with pytest.raises(SamplerError, match=r"(?s)vllm-0 at http.*exit code 1.*Out of memory.*gpu_memory.*Traceback"):
+        async with serve([launch], timeout_s=LIMIT_S):
+            pass
+
+
+async def test_server_that_is_never_ready(tmp_path: Path) -> None:
+    launch = launch_of(tmp_path, "import time; print('loading', flush=True); time.sleep(600)")
+    with pytest.raises(SamplerError, match=r"not ready after sampler\.start_timeout_s=1 s"):
+        async with serve([launch], timeout_s=1):
+            pass
+
+
+async def test_port_that_is_taken_names_who_has_it(tmp_path: Path, vllm: None) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        tmp_path.joinpath("config.json").write_text("{}")
+        sampler = VllmSampler(
+            Config(model=str(tmp_path), sampler={"kind": "vllm", "port": port}), run_dir=tmp_path, keep_versions=1
+        )
+        who = f"process {os.getpid()}" if sys.platform == "linux" else ""
+        with pytest.raises(SamplerError, match=rf"(?s)port {port}.*{who}.*sampler\.port"):
+            await sampler.__aenter__()
+
+
+async def test_model_folder_that_does_not_exist(tmp_path: Path, vllm: None) -> None:
+    config = Config(model=str(tmp_path / "nothing"), sampler={"kind": "vllm"})
+    with pytest.raises(ModelError, match="does not exist"):
+        await VllmSampler(config, run_dir=tmp_path, keep_versions=1).__aenter__()
+
+
+async def test_url_where_nobody_answers(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{_free_port()}"
+    config = Config(model="any", sampler={"kind": "vllm", "urls": [url]})
+    with pytest.raises(SamplerError, match=rf"{url} cannot be used.*connection lost.*sampler\.urls"):
+        await VllmSampler(config, run_dir=tmp_path, keep_versions=1).__aenter__()
+
+
+@needs_vllm
+async def test_model_without_weights_is_said_so(tmp_path: Path, vllm: None) -> None:
+    truth = Truth(tmp_path, kind="llama", tied=False, lora=False)
+    truth.base.joinpath("model.safetensors").unlink()
+    config = Config(model=str(truth.base), sampler={"kind": "vllm"})
+    with pytest.raises(
+        SamplerError, match=r"(?s)vllm-0.*ended with exit code 1: .*weights.*The model cannot be opened"
+    ):
+        await VllmSampler(config, run_dir=tmp_path, keep_versions=1).__aenter__()
+
+
+@needs_vllm
+async def test_servers_that_are_killed_while_they_draw(tmp_path: Path, vllm: None) -> None:
+    """Two replicas: of one the engine is killed, of the other everything."""
+    truth = Truth(tmp_path, kind="llama", tied=False, lora=False)
+    config = Config(model=str(truth.base), max_seq_len=1024, sampler={"kind": "vllm", "replicas": 2})
+    async with VllmSampler(config, run_dir=tmp_path, keep_versions=1) as sampler:
+        mine = truth.subject(sampler)
+        await sampler.publish(truth.weights(1))
+        scores = await sampler.score(PROMPT, 1)  # of both replicas, which must agree
+        assert max(abs(a - b) for a, b in zip(scores, truth.logprobs(PROMPT, 1), strict=True)) < 1e-3
+        tasks = [asyncio.create_task(draw(mine, PROMPT, max_tokens=900)) for _ in range(4)]
+        await until(mine, lambda load: load.running == 4, *tasks)
+        processes = [family(server.pid) for server in sampler.servers]
+        engine = next(process for process in processes[0] if "EngineCore" in " ".join(process.cmdline()))
+        engine.kill()
+        os.killpg(sampler.servers[1].pid, signal.SIGKILL)
+        failures = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), LIMIT_S)
+        assert [type(failure) for failure in failures] == [SamplerError] * 4
+        assert {str(failure)[:20] for failure in failures} == {"vLLM replica vllm-0 ", "vLLM replica vllm-1 "}
+        for failure in failures:
+            assert str(tmp_path / "logs") in str(failure)
+            assert len(str(failure).splitlines()) > 5
+        with pytest.raises(SamplerError, match="vLLM replica vllm-0"):
+            await draw(mine, PROMPT)
+        await until_gone([process for group in processes for process in group])

@@ -1,0 +1,252 @@
+"""The pure parts of the vLLM sampler: requests, answers, metrics, routing, adapters, the command line."""
+
+from __future__ import annotations
+
+import socket
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncrl.config import Config
+from asyncrl.errors import SamplerError, SamplerRequestError
+from asyncrl.sampling import launch
+from asyncrl.sampling.load import EngineLoad, read_metrics, together
+from asyncrl.sampling.params import read_completion, read_scores, refusal, sampling_body, scoring_body
+from asyncrl.sampling.routing import AdapterShelf, Router
+from asyncrl.types import SamplingParams
+
+
+def answer(**changes: Any) -> dict[str, Any]:
+    choice = {
+        "token_ids": [5, 6, 7],
+        "logprobs": {"content": [{"logprob": -1.0}, {"logprob": -2.0}, {"logprob": -3.0}]},
+        "finish_reason": "stop",
+        "weight_versions": [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 3}],
+    }
+    return {"choices": [choice | changes]}
+
+
+def test_request_says_everything_that_a_server_would_fill_in() -> None:
+    params = SamplingParams(max_tokens=50, temperature=0.7, top_p=0.9, top_k=3, stop_token_ids=(2,), seed=11)
+    body = sampling_body([1, 2], params, max_tokens=40, model="policy-v3", cache_salt="salt-3")
+    assert (body["token_ids"], body["model"], body["cache_salt"]) == ([1, 2], "policy-v3", "salt-3")
+    drawn = body["sampling_params"]
+    assert (drawn["max_tokens"], drawn["logprobs"], drawn["seed"], drawn["stop_token_ids"]) == (40, 0, 11, [2])
+    assert (drawn["temperature"], drawn["top_p"], drawn["top_k"]) == (0.7, 0.9, 3)
+    assert (drawn["repetition_penalty"], drawn["min_p"]) == (1.0, 0.0)
+    plain = sampling_body([1], SamplingParams(4), max_tokens=4, model=None, cache_salt="salt")
+    assert "model" not in plain
+    assert "seed" not in plain["sampling_params"]
+    scoring = scoring_body([1, 2], model=None, cache_salt="salt")["sampling_params"]
+    assert (scoring["temperature"], scoring["prompt_logprobs"], scoring["max_tokens"]) == (1.0, 0, 1)
+
+
+def test_versions_come_from_spans_or_from_the_adapter() -> None:
+    full = read_completion(answer(), version=None)
+    assert (full.tokens, full.logprobs, full.versions) == ([5, 6, 7], [-1.0, -2.0, -3.0], [3, 4, 4])
+    assert read_completion(answer(), version=9).versions == [9, 9, 9]
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        None,
+        [],
+        [{"version": "3", "start": 0, "end": 2}],
+        [{"version": "3", "start": 1, "end": 3}],
+        [{"version": "updating", "start": 0, "end": 3}],
+        [{"version": "default", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 3}],
+    ],
+)
+def test_tokens_of_unknown_weights_are_refused(spans: Any) -> None:
+    with pytest.raises(SamplerRequestError, match="did not say which weights"):
+        read_completion(answer(weight_versions=spans), version=None)
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", None])
+def test_fragment_is_never_a_sample(reason: str | None) -> None:
+    with pytest.raises(SamplerRequestError, match="ended the request early") as caught:
+        read_completion(answer(finish_reason=reason), version=3)
+    assert caught.value.recoverable
+
+
+@pytest.mark.parametrize("changes", [{"logprobs": None}, {"token_ids": [5, 6]}, {"token_ids": [], "logprobs": None}])
+def test_tokens_and_logprobs_must_match(changes: dict[str, Any]) -> None:
+    with pytest.raises(SamplerRequestError, match="as many of both"):
+        read_completion(answer(**changes), version=3)
+
+
+def test_scores_are_those_of_the_prompt_tokens() -> None:
+    entries = [None, {"6": {"logprob": -0.5}, "9": {"logprob": -0.1}}, {"7": {"logprob": -1.5}}]
+    assert read_scores({"prompt_logprobs": entries}, [5, 6, 7]) == [-0.5, -1.5]
+    with pytest.raises(SamplerRequestError, match="scored 0 tokens of 3"):
+        read_scores({"prompt_logprobs": None}, [5, 6, 7])
+
+
+@pytest.mark.parametrize(("status", "recoverable"), [(400, False), (404, False), (408, True), (429, True), (503, True)])
+def test_status_says_whether_asking_again_helps(status: int, recoverable: bool) -> None:
+    error = refusal("vLLM", status, '{"error": {"message": "queue full"}}')
+    assert (error.status, error.recoverable) == (status, recoverable)
+    assert "queue full" in str(error)
+    assert "plain words" in str(refusal("vLLM", status, "plain words"))
+    assert "Not Found" in str(refusal("vLLM", status, '{"detail": "Not Found"}'))
+
+
+METRICS = """\
+# HELP vllm:num_requests_running Number of requests in model execution batches.
+vllm:num_requests_running{engine="0",model_name="/a b"} 3.0
+vllm:num_requests_running{engine="1",model_name="/a b"} 2.0
+vllm:num_requests_waiting{engine="0",model_name="/a b"} 9.0
+vllm:num_requests_waiting_by_reason{engine="0",model_name="/a b",reason="capacity"} 4.0
+vllm:num_requests_waiting_by_reason{engine="0",model_name="/a b",reason="deferred"} 5.0
+vllm:kv_cache_usage_perc{engine="0",model_name="/a b"} 0.25
+vllm:kv_cache_usage_perc{engine="1",model_name="/a b"} 0.5
+vllm:num_preemptions_total{engine="0",model_name="/a b"} 7.0
+vllm:num_preemptions_created{engine="0",model_name="/a b"} 1.79e+09
+vllm:generation_tokens_total{engine="0",model_name="/a b"} 1.234567e+06
+"""
+
+
+def test_load_from_metrics() -> None:
+    load = read_metrics(METRICS)
+    assert load == EngineLoad(running=5, waiting=4, kv_use=0.5, preemptions=7, generated_tokens=1_234_567)
+    assert together([load, EngineLoad(running=1, kv_use=0.75)]) == EngineLoad(6, 4, 0.75, 7, 1_234_567)
+    with pytest.raises(ValueError, match="num_requests_running"):
+        read_metrics("python_gc_objects_collected_total 1.0\n")
+
+
+def test_session_stays_and_others_go_where_there_is_room() -> None:
+    router = Router(3)
+    homes = [router.begin(f"s{index}") for index in range(3)]
+    assert sorted(homes) == [0, 1, 2]
+    router.end(homes[1])
+    assert router.begin("new") == homes[1]
+    assert router.begin("s0") == homes[0]
+    assert router.in_flight[homes[0]] == 2
+
+
+def test_sequential_requests_without_session_use_every_replica() -> None:
+    router = Router(2)
+    used = []
+    for _ in range(4):
+        used.append(router.begin(""))
+        router.end(used[-1])
+    assert used == [0, 1, 0, 1]
+
+
+@given(st.lists(st.integers(0, 30), max_size=200), st.integers(1, 5))
+def test_routing_is_balanced_and_sticky(sessions: list[int], replicas: int) -> None:
+    router, homes = Router(replicas), dict[int, int]()
+    for session in sessions:
+        home = router.begin(str(session))
+        assert homes.setdefault(session, home) == home
+    assert sum(router.in_flight) == len(sessions)
+    assert max(homes.values(), default=0) < replicas
+
+
+def test_newest_adapters_stay_and_used_ones_too() -> None:
+    shelf = AdapterShelf(keep=2)
+    assert 0 in shelf
+    assert not shelf.has_adapter(0)
+    shelf.add(1)
+    shelf.begin(1)
+    for version in (2, 3, 4):
+        shelf.add(version)
+    assert shelf.newest == 4
+    assert shelf.take_drained() == [2]
+    assert [version for version in range(5) if version in shelf] == [0, 1, 3, 4]
+    shelf.end(1)
+    assert shelf.take_drained() == [1]
+    assert 1 not in shelf
+
+
+def test_first_adapter_may_be_version_zero() -> None:
+    shelf = AdapterShelf(keep=1)
+    shelf.add(0)
+    assert shelf.has_adapter(0)
+    shelf.add(1)
+    assert shelf.take_drained() == [0]
+    assert 0 not in shelf
+
+
+def command(on_cpu: bool, **settings: Any) -> list[str]:
+    config = Config(model="some/model", **settings)
+    return list(launch.command(config, 8000, on_cpu=on_cpu, context_tokens=4096, keep_versions=4))
+
+
+def value(words: list[str], flag: str) -> str:
+    return words[words.index(flag) + 1]
+
+
+def test_command_on_a_cpu() -> None:
+    words = command(True, sampler={"kind": "vllm", "kv_cache_bytes": 1 << 20, "extra_args": ["--foo", "1"]})
+    assert value(words, "--model") == "some/model"
+    assert value(words, "--dtype") == "float32"
+    assert value(words, "--kv-cache-memory-bytes") == str(1 << 20)
+    assert value(words, "--max-model-len") == "4096"
+    assert value(words, "--logprobs-mode") == "processed_logprobs"
+    assert value(words, "--host") == "127.0.0.1"
+    assert "--enable-lora" not in words
+    assert words[-2:] == ["--foo", "1"]
+
+
+def test_command_on_a_gpu() -> None:
+    words = command(False, sampler={"kind": "vllm", "max_running": 32}, lora={"rank": 12}, max_seq_len=999)
+    assert words[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", "some/model"]
+    assert value(words, "--dtype") == "bfloat16"
+    assert value(words, "--gpu-memory-utilization") == "0.45"
+    assert (value(words, "--max-model-len"), value(words, "--max-num-seqs")) == ("999", "32")
+    assert (value(words, "--max-lora-rank"), value(words, "--max-loras")) == ("16", "5")
+    assert "--enforce-eager" not in words
+
+
+def test_rank_that_vllm_does_not_serve() -> None:
+    with pytest.raises(SamplerError, match=r"lora\.rank is 1000.*512"):
+        command(False, lora={"rank": 1000})
+
+
+def test_replicas_take_the_last_gpus_first() -> None:
+    assert launch.spread_over_gpus(2, ["0", "1", "2"], ()) == [
+        {"CUDA_VISIBLE_DEVICES": "2"},
+        {"CUDA_VISIBLE_DEVICES": "1"},
+    ]
+    assert launch.spread_over_gpus(1, ["0"], ()) == [{}]
+    assert launch.spread_over_gpus(1, ["0", "1"], ("--tensor-parallel-size", "2")) == [{}]
+
+
+def test_missing_vllm_is_said_with_the_command_that_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(launch.metadata, "version", missing)
+    with pytest.raises(SamplerError, match=r"not installed.*pip install 'asyncrl\[vllm\]'"):
+        launch.installed_for_cpu()
+
+
+def test_ports_are_free_and_differ(tmp_path: Path) -> None:
+    ports = launch.pick_ports(0, 3)
+    assert len(set(ports)) == 3
+    for port in ports:
+        with socket.create_server(("127.0.0.1", port)):
+            pass
+
+
+LOG = """\
+(EngineCore pid=2) ERROR 11-21 00:50:52 [core.py:1] torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB
+(APIServer pid=1)   File "x.py", line 1
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
+
+
+def test_root_error_is_that_of_the_engine() -> None:
+    error = launch.root_error(LOG)
+    assert error is not None
+    assert error.startswith("torch.OutOfMemoryError: CUDA out of memory")
+    assert "gpu_memory_utilization" in launch.likely_cause(error)
+    assert launch.root_error("all is well\n") is None
+    assert launch.likely_cause("ModuleNotFoundError: No module named 'vllm'").startswith("vLLM is not installed")
+    assert "sampler.port" in launch.likely_cause("OSError: [Errno 98] Address already in use")

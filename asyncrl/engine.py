@@ -128,6 +128,7 @@ class Engine:
             result = await self._optimize(batch)
             await self._publish_if_due()
             self._report(batch, result)
+        await self._published()
         if self.published < self.step and self.settings.sync_interval:
             await self._publish()
             await self._published()

@@ -381,28 +381,33 @@ class Scheduler:
     async def _sweep(self) -> None:
         """Cancel rollouts that run too long; leave behind those that ignore it."""
         timeout_s = self.settings.timeout_s
+        patience_s = timeout_s + CANCEL_GRACE_S
         while True:
             now = self._loop.time()
-            while (member := next(iter(self._running.values()), None)) and member.started_at + timeout_s <= now:
+            while (member := _first(self._running)) and member.started_at + timeout_s <= now:
                 del self._running[member.task]
                 self._overdue[member.task] = member
                 member.timed_out = True
                 member.task.cancel()
-            while (member := next(iter(self._overdue.values()), None)) and (
-                member.started_at + timeout_s + CANCEL_GRACE_S <= now
-            ):
+            while (member := _first(self._overdue)) and member.started_at + patience_s <= now:
                 del self._overdue[member.task]
                 self._abandon(member)
-            oldest = next(iter(self._overdue.values()), None) or next(iter(self._running.values()), None)
-            grace = CANCEL_GRACE_S if self._overdue else 0.0
-            wait = timeout_s if oldest is None else oldest.started_at + timeout_s + grace - now
-            await asyncio.sleep(min(max(wait, 0.0), timeout_s))
+            wake = now + timeout_s
+            if member := _first(self._running):
+                wake = min(wake, member.started_at + timeout_s)
+            if member := _first(self._overdue):
+                wake = min(wake, member.started_at + patience_s)
+            await asyncio.sleep(wake - now)
 
     def _abandon(self, member: Member) -> None:
         log.warning("a rollout ignores its cancellation and is left behind", rollout=repr(member))
         member.abandoned = True
         self.counts.lost += 1
         self._end(member, None)
+
+
+def _first(members: dict[asyncio.Task[None], Member]) -> Member | None:
+    return next(iter(members.values()), None)
 
 
 def _fatal(member: Member, error: BaseException, *, budget_spent: bool) -> RolloutFailed:

@@ -29,7 +29,8 @@ KEEP_ALIVE_S = 600
 """The client closes idle connections long before: a request never meets one that the server is closing."""
 
 CPU_BATCH_TOKENS = 8192
-"""Tokens of one engine step on a CPU. vLLM 0.32 dies there on a seeded request whose prompt is split over two steps."""
+"""Tokens of one engine step on a CPU; at least one whole prompt. vLLM 0.32 dies there on a seeded request whose prompt
+is split over two steps, so prompts are not split: one that does not fit waits for the next step."""
 
 INSTALL = (
     "Install it: pip install 'asyncrl[vllm]' (CUDA), or the three lines in docs/vllm.md (CPU); "
@@ -139,7 +140,7 @@ def command(
         flags += ["--max-num-seqs", str(sampler.max_running)]
     if on_cpu:
         flags += ["--enforce-eager", "--block-size", "32", "--kv-cache-memory-bytes", str(sampler.kv_cache_bytes)]
-        flags += ["--max-num-batched-tokens", str(max(CPU_BATCH_TOKENS, context or 0))]
+        flags += ["--max-num-batched-tokens", str(max(CPU_BATCH_TOKENS, context or 0)), "--no-enable-chunked-prefill"]
     else:
         flags += ["--gpu-memory-utilization", str(sampler.gpu_memory_utilization)]
     if config.lora.rank:
@@ -240,10 +241,14 @@ def _listener(port: int) -> str:
 def root_error(log: str) -> str | None:
     """The last error of the engine, else of anything: vLLM prints it far above the end of its log, which is only
     about the engine that did not start."""
-    found = re.findall(r"^(.*?)((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt): .+)$", log, re.MULTILINE)
-    told = [error for _, error in found if "See root cause above" not in error and "See stack trace" not in error]
-    engines = [error for prefix, error in found if "EngineCore" in prefix and error in told]
-    return (engines or told or [None])[-1]
+    engines: list[str] = []
+    others: list[str] = []
+    for line in re.finditer(r"^(.*?)((?:[\w.]+\.)?\w*(?:Error|Exception): .+)$", log, re.MULTILINE):
+        prefix, error = line.groups()
+        if "See root cause above" not in error and "See stack trace" not in error:
+            (engines if "EngineCore" in prefix else others).append(error)
+    told = engines or others
+    return told[-1] if told else None
 
 
 def likely_cause(said: str) -> str:

@@ -32,7 +32,8 @@ GRACE_S = 10.0
 POLL_S = 0.2
 LOG_LINES = 25
 """Lines of the log in the message about a server that died."""
-LOG_BYTES = 1 << 17
+LOG_BYTES = 1 << 20
+"""How far back the cause is looked for: a dead engine makes a traceback of 5 kB for each request in flight."""
 
 
 class Server:

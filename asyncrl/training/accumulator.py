@@ -18,27 +18,31 @@ class Accumulator:
     """Sums over the microbatches since the last optimizer step. One per optimizer batch; the trainer writes it."""
 
     device: torch.device
-    capacity_tokens: int
-    """Tokens that one microbatch may hold."""
     counts: Counts = field(default_factory=Counts)
     sequences: int = 0
     train_tokens: int = 0
     microbatches: int = 0
-    room_tokens: int = 0
-    """Tokens that the microbatches so far could have held."""
+    padded_tokens: int = 0
+    """`train_tokens` and the padding beside them."""
     losses: list[Tensor] = field(default_factory=list)
     """Loss sum of each microbatch, without gradient."""
     metrics: MetricSums | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def add(self, lengths: tuple[int, ...], counts: Counts, loss: Tensor, metrics: MetricSums | None) -> None:
+    def add(
+        self,
+        lengths: tuple[int, ...],
+        counts: Counts,
+        loss: Tensor,
+        metrics: MetricSums | None,
+        padded_tokens: int,
+    ) -> None:
         """Account for one microbatch of sequences of these lengths."""
-        tokens = sum(lengths)
         self.counts += counts
         self.sequences += len(lengths)
-        self.train_tokens += tokens
+        self.train_tokens += sum(lengths)
         self.microbatches += 1
-        self.room_tokens += max(tokens, self.capacity_tokens)
+        self.padded_tokens += padded_tokens
         self.losses.append(loss.detach())
         if metrics is not None:
             self.metrics = metrics if self.metrics is None else self.metrics + metrics
@@ -69,7 +73,7 @@ class Accumulator:
             "loss_tokens": float(self.counts.loss_tokens),
             "sequences": float(self.sequences),
             "microbatches": float(self.microbatches),
-            "pack_efficiency": self.train_tokens / self.room_tokens if self.room_tokens else 0.0,
+            "pack_efficiency": self.train_tokens / self.padded_tokens if self.padded_tokens else 1.0,
             **{f"{phase}_s": seconds for phase, seconds in self.seconds.items()},
             **({} if self.metrics is None else self.metrics.means()),
         }

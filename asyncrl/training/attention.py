@@ -88,6 +88,12 @@ def pack(layout: Layout) -> Packed:
     )
 
 
+def padded_tokens(lengths: tuple[int, ...]) -> int:
+    """The places of the padded blocks of these sequences, longest first: at least their tokens."""
+    firsts = accumulate(_block_sizes(lengths), initial=0)
+    return sum(size * lengths[first] for size, first in zip(_block_sizes(lengths), firsts, strict=False))
+
+
 def _block_sizes(lengths: tuple[int, ...]) -> list[int]:
     """How many sequences each block takes, from the longest on."""
     sizes: list[int] = []

@@ -67,6 +67,12 @@ class PolicyModel:
     def trained_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.causal_lm.parameters() if parameter.requires_grad]
 
+    def padded_tokens(self, lengths: tuple[int, ...]) -> int:
+        """Tokens of a microbatch of these sequences, with the padding that attention (or all layers) adds."""
+        if self.packed and self.device.type == "cuda" and self.compute_dtype != torch.float32:
+            return sum(lengths)
+        return attention.padded_tokens(lengths)
+
     def token_logprobs(self, tokens: Tokens, temperature: float) -> TokenLogprobs:
         """Log-probs and entropies [N] of the targets."""
         with self.autocast():

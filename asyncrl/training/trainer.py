@@ -194,7 +194,8 @@ class TorchTrainer:
         with self._batch.timed("backward"):
             torch.autograd.backward(loss)
         counts = Counts(loss_tokens=len(batch.sequence_ids), sequences=batch.sequences)
-        self._batch.add(batch.tokens.layout.lengths, counts, loss, metrics)
+        lengths = batch.tokens.layout.lengths
+        self._batch.add(lengths, counts, loss, metrics, self._policy.padded_tokens(lengths))
         return loss.detach()
 
     def _policy_objective(self, batch: Batch, found: TokenLogprobs) -> tuple[Tensor, LossInputs, MetricSums]:
@@ -227,7 +228,7 @@ class TorchTrainer:
         return frozen_copy(self._policy) if needed else None
 
     def _new_batch(self) -> Accumulator:
-        return Accumulator(self._policy.device, self._config.trainer.max_tokens_per_microbatch)
+        return Accumulator(self._policy.device)
 
     def _drop_batch(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.errors import ConfigError
-from asyncrl.losses import TIS, LossInputs, accepted_settings, cross_entropy, policy_loss
+from asyncrl.losses import TIS, LossInputs, accepted_settings, cross_entropy, importance_ratio, k3, policy_loss
 from tests.losses.cases import make_inputs, random_inputs
 
 
@@ -182,6 +182,26 @@ def test_enormous_ratios_stay_finite_in_float32(gap: float, behavior: float, adv
     assert loss.isfinite().all()
     assert inputs.logprobs.grad is not None
     assert inputs.logprobs.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+def test_own_functions_are_shielded_too(garbage: float) -> None:
+    inputs = make_inputs(logprobs=[-1.0, garbage], advantages=[2.0, garbage], mask=[1, 0])
+    loss = policy_loss(lambda inputs: -inputs.logprobs.exp() * inputs.advantages, inputs)
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([-2 * math.exp(-1), 0.0])
+    assert inputs.logprobs.grad is not None
+    assert inputs.logprobs.grad.tolist() == pytest.approx([-2 * math.exp(-1), 0.0])
+
+
+def test_ratios_hide_what_is_masked() -> None:
+    """On their own, outside `policy_loss`, too."""
+    inputs = make_inputs(logprobs=[-1.0, math.nan], old=[-2.0, math.inf], mask=[1, 0])
+    values = importance_ratio(inputs) + k3(inputs.logprobs, inputs.old_logprobs, inputs.loss_mask)
+    values.sum().backward()
+    assert values.tolist() == pytest.approx([math.e + math.exp(-1) + 1 - 1, 1.0])
+    assert inputs.logprobs.grad is not None
+    assert inputs.logprobs.grad.tolist() == pytest.approx([math.e - math.exp(-1) + 1, 0.0])
 
 
 def test_on_policy_gradient_is_reinforce() -> None:

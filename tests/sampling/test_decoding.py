@@ -11,13 +11,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from asyncrl.sampling.embedded.attention import grouped_attention, use_grouped_attention
 from asyncrl.sampling.embedded.batch import DecodeBatch, Finished, Ticket
 from asyncrl.sampling.embedded.draw import DrawParams, draw, stream_of_seed, uniforms
-from asyncrl.sampling.embedded.versions import LiveModel
+from asyncrl.sampling.embedded.versions import LiveModel, ModelVersions
+from asyncrl.sampling.embedded.worker import Cancel, Settings, Submit, Worker
 from asyncrl.types import Completion, SamplingParams
 
 VOCABULARY = 61
@@ -272,6 +281,41 @@ def mixture(old: LiveModel, new: LiveModel, item: Finished, drawn_before: int) -
     old.module(input_ids=ids[:, :fed], past_key_values=cache, use_cache=True)
     logits = new.module(input_ids=ids[:, fed:], past_key_values=cache, use_cache=True).logits[0, :-1]
     return logits.log_softmax(-1).gather(-1, ids[0, fed + 1 :, None])[:, 0].tolist()
+
+
+class TestWorker:
+    """Without its thread: turns are taken by hand."""
+
+    def worker(self, **options: Any) -> Worker:
+        options = {"max_running": 2, "in_flight": "keep", "side_by_side": False, **options}
+        versions = ModelVersions(make("llama"), keep=1, lora_scale=None)
+        return Worker(versions, Settings(**options, prefill_tokens=1000, torch_threads=1), lambda replies: None)
+
+    def test_cancelling_frees_the_row_at_the_next_step(self) -> None:
+        worker, rows = self.worker(), [ticket(prompt(5), max_tokens=100) for _ in range(4)]
+        worker.inbox.put(Submit(rows))
+        worker.turn()
+        assert [row.batch is not None for row in rows] == [True, True, False, False]
+        for gone in (rows[0], rows[2]):  # one that runs, one that waits
+            worker.inbox.put(Cancel(gone))
+        worker.turn()
+        assert worker.running == 2
+        assert rows[3].row >= 0 > rows[0].row
+        assert rows[2].batch is None
+
+    def test_few_requests_wait_a_little_for_company(self) -> None:
+        """One request among 16 rows joins after four held steps, or as soon as it has company enough."""
+        worker = self.worker(max_running=32)
+        worker.inbox.put(Submit([ticket(prompt(3), max_tokens=100) for _ in range(16)]))
+        worker.turn()
+        worker.inbox.put(Submit([ticket(prompt(3), max_tokens=100)]))
+        counts = []
+        for _ in range(5):
+            worker.turn()
+            counts.append(worker.running)
+        worker.inbox.put(Submit([ticket(prompt(3), max_tokens=100) for _ in range(3)]))
+        worker.turn()
+        assert [*counts, worker.running] == [16, 16, 16, 16, 17, 20]
 
 
 EVENTS = st.lists(

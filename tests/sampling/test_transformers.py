@@ -86,7 +86,7 @@ async def until_drawn(subject: Subject, tokens: int) -> None:
     """Wait until the engine has drawn so many more tokens."""
     start = (await subject.sampler.load()).generated_tokens
     async with asyncio.timeout(LIMIT_S):
-        while (await subject.sampler.load()).generated_tokens < start + tokens:
+        while (await subject.sampler.load()).generated_tokens < start + tokens:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 

@@ -16,10 +16,9 @@ from asyncrl.errors import SamplerError, SamplerRequestError
 from asyncrl.sampling.vllm import VllmSampler
 from asyncrl.types import Completion, Weights
 from tests.sampling.contract import CHECKS, TOLERANCE, Check, Subject, draw, error, publish_next, until, until_running
-from tests.sampling.truth import CONTEXT, PROMPT, Truth
+from tests.sampling.truth import CONTEXT, NEEDS_VLLM, PROMPT, Truth
 
-pytest.importorskip("vllm", reason="needs vLLM: docs/vllm.md says how to install it")
-pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [*NEEDS_VLLM, pytest.mark.asyncio(loop_scope="module")]
 
 InFlight = Literal["interrupt", "keep", "drain"]
 
@@ -56,7 +55,7 @@ async def until_drawn(subject: Subject, tokens: int) -> None:
 
 async def draw_over_two_hot_loads(subject: Subject) -> list[Completion]:
     tasks = [
-        asyncio.create_task(draw(subject, PROMPT, session=str(index), max_tokens=600 + index)) for index in range(3)
+        asyncio.create_task(draw(subject, PROMPT, session=str(index), max_tokens=1500 + index)) for index in range(3)
     ]
     await until_running(subject, *tasks)
     for _ in range(2):
@@ -72,6 +71,14 @@ def largest(differences: Sequence[float], others: Sequence[float]) -> float:
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 async def test_contract(subject: Subject, check: Check) -> None:
     await check(subject)
+
+
+async def test_seeded_prompts_that_fill_more_than_one_engine_step(subject: Subject) -> None:
+    """vLLM's CPU engine dies when such a prompt is split."""
+    prompts = [[index, *range(250), *range(250), *range(250), *range(150)] for index in range(12)]
+    together = await asyncio.gather(*(draw(subject, prompt, seed=5) for prompt in prompts))
+    alone = await draw(subject, prompts[3], seed=5)
+    assert list(alone.tokens) == list(together[3].tokens)
 
 
 async def test_interrupt_computes_the_past_again(subject: Subject, truth: Truth) -> None:
@@ -99,7 +106,7 @@ async def test_keep_goes_on_over_the_old_cache(subject: Subject, truth: Truth) -
 
 async def test_drain_ends_them_under_their_weights(subject: Subject, truth: Truth) -> None:
     async with attached(subject, truth, "drain") as mine:
-        tasks = [asyncio.create_task(draw(mine, PROMPT, max_tokens=300)) for _ in range(3)]
+        tasks = [asyncio.create_task(draw(mine, PROMPT, max_tokens=1200)) for _ in range(3)]
         await until_running(mine, *tasks)
         publication = asyncio.create_task(publish_next(mine))
         await asyncio.sleep(0)  # the gate is closed from here on
@@ -124,7 +131,7 @@ async def test_hot_load_that_fails_ends_the_sampler_and_leaves_the_server_runnin
     subject: Subject, truth: Truth, tmp_path: Path
 ) -> None:
     async with attached(subject, truth, "keep") as mine:
-        task = asyncio.create_task(draw(mine, PROMPT, max_tokens=800))
+        task = asyncio.create_task(draw(mine, PROMPT, max_tokens=1800))
         await until_running(mine, task)
         tmp_path.joinpath("model.safetensors").write_bytes(b"not weights")
         with pytest.raises(SamplerError, match=r"version 1 of the weights.*http://127.*HTTP 500"):

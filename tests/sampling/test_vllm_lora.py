@@ -14,10 +14,9 @@ from asyncrl.errors import SamplerError, SamplerRequestError
 from asyncrl.sampling.vllm import VllmSampler
 from asyncrl.types import Weights
 from tests.sampling.contract import CHECKS, TOLERANCE, Check, Subject, draw, error, publish_next, until_running
-from tests.sampling.truth import CONTEXT, PROMPT, Truth
+from tests.sampling.truth import CONTEXT, NEEDS_VLLM, PROMPT, Truth
 
-pytest.importorskip("vllm", reason="needs vLLM: docs/vllm.md says how to install it")
-pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [*NEEDS_VLLM, pytest.mark.asyncio(loop_scope="module")]
 
 KEEP = 2
 

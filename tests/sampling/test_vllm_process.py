@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import pytest
@@ -20,15 +21,16 @@ from asyncrl.sampling.launch import Launch
 from asyncrl.sampling.server import Server, serve
 from asyncrl.sampling.vllm import VllmSampler
 from tests.sampling.contract import draw, until
-from tests.sampling.truth import PROMPT, Truth
+from tests.sampling.truth import CONTEXT, NEEDS_VLLM, PROMPT, Truth
 
 LIMIT_S = 60.0
-needs_vllm = pytest.mark.vllm
+Test = TypeVar("Test")
 
 
-@pytest.fixture
-def vllm() -> None:
-    pytest.importorskip("vllm", reason="needs vLLM: docs/vllm.md says how to install it")
+def needs_vllm(test: Test) -> Test:
+    for mark in NEEDS_VLLM:
+        test = mark(test)
+    return test
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -152,7 +154,8 @@ async def test_server_that_is_never_ready(tmp_path: Path) -> None:
             pass
 
 
-async def test_port_that_is_taken_names_who_has_it(tmp_path: Path, vllm: None) -> None:
+@needs_vllm
+async def test_port_that_is_taken_names_who_has_it(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         tmp_path.joinpath("config.json").write_text("{}")
@@ -164,7 +167,8 @@ async def test_port_that_is_taken_names_who_has_it(tmp_path: Path, vllm: None) -
             await sampler.__aenter__()
 
 
-async def test_model_folder_that_does_not_exist(tmp_path: Path, vllm: None) -> None:
+@needs_vllm
+async def test_model_folder_that_does_not_exist(tmp_path: Path) -> None:
     config = Config(model=str(tmp_path / "nothing"), sampler={"kind": "vllm"})
     with pytest.raises(ModelError, match="does not exist"):
         await VllmSampler(config, run_dir=tmp_path, keep_versions=1).__aenter__()
@@ -178,7 +182,7 @@ async def test_url_where_nobody_answers(tmp_path: Path) -> None:
 
 
 @needs_vllm
-async def test_model_without_weights_is_said_so(tmp_path: Path, vllm: None) -> None:
+async def test_model_without_weights_is_said_so(tmp_path: Path) -> None:
     truth = Truth(tmp_path, kind="llama", tied=False, lora=False)
     truth.base.joinpath("model.safetensors").unlink()
     config = Config(model=str(truth.base), sampler={"kind": "vllm"})
@@ -189,19 +193,19 @@ async def test_model_without_weights_is_said_so(tmp_path: Path, vllm: None) -> N
 
 
 @needs_vllm
-async def test_servers_that_are_killed_while_they_draw(tmp_path: Path, vllm: None) -> None:
+async def test_servers_that_are_killed_while_they_draw(tmp_path: Path) -> None:
     """Two replicas: of one the engine is killed, of the other everything."""
     truth = Truth(tmp_path, kind="llama", tied=False, lora=False)
-    config = Config(model=str(truth.base), max_seq_len=1024, sampler={"kind": "vllm", "replicas": 2})
+    config = Config(model=str(truth.base), max_seq_len=CONTEXT, sampler={"kind": "vllm", "replicas": 2})
     async with VllmSampler(config, run_dir=tmp_path, keep_versions=1) as sampler:
         mine = truth.subject(sampler)
         await sampler.publish(truth.weights(1))
         scores = await sampler.score(PROMPT, 1)  # of both replicas, which must agree
         assert max(abs(a - b) for a, b in zip(scores, truth.logprobs(PROMPT, 1), strict=True)) < 1e-3
-        tasks = [asyncio.create_task(draw(mine, PROMPT, max_tokens=900)) for _ in range(4)]
-        await until(mine, lambda load: load.running == 4, *tasks)
         processes = [family(server.pid) for server in sampler.servers]
         engine = next(process for process in processes[0] if "EngineCore" in " ".join(process.cmdline()))
+        tasks = [asyncio.create_task(draw(mine, PROMPT, max_tokens=1800)) for _ in range(4)]
+        await until(mine, lambda load: load.running == 4, *tasks)
         engine.kill()
         os.killpg(sampler.servers[1].pid, signal.SIGKILL)
         failures = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), LIMIT_S)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -15,7 +17,12 @@ from asyncrl.testing.models import tiny_model, tiny_tokenizer
 from asyncrl.types import Sampler, Weights
 from tests.sampling.contract import Subject
 
-CONTEXT = 1024
+NEEDS_VLLM = (
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: docs/vllm.md says how to install it"),
+)
+
+CONTEXT = 2048
 PROMPT = [(7 * index * index + 3) % 256 for index in range(100)]
 """Three blocks of 32 tokens and a rest."""
 SHARPEN = 8.0

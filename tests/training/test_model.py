@@ -125,3 +125,18 @@ def test_lora_targets_that_do_not_exist() -> None:
 def test_lora_on_the_output_head_is_refused() -> None:
     with pytest.raises(ModelError, match=r"output head.*leave the head out of lora\.targets"):
         make_trainer(lora={"rank": 2, "targets": ("lm_head",)})
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_bfloat16_computes_over_float32_weights(rank: int) -> None:
+    """Of a full fine-tune; a base that only carries an adapter is frozen, and half the size is enough."""
+    trainer = make_trainer("qwen3", trainer={"dtype": "bfloat16"}, lora={"rank": rank})
+    assert {parameter.dtype for parameter in trainer.policy.trained_parameters()} == {torch.float32}
+    assert trainer.policy.head.weight.dtype == (torch.bfloat16 if rank else torch.float32)
+    tokens = token_lists(0, (30,))
+    exact = torch.tensor(make_trainer("qwen3").forward(tokens)[0])
+    assert (torch.tensor(trainer.forward(tokens)[0]) - exact).abs().mean() < 0.1
+    trainer.forward_backward(train_sequences(0, (30, 9)))
+    metrics = trainer.optim_step().metrics
+    assert metrics["grad_norm"] > 0
+    assert metrics["ref_kld"] == pytest.approx(0.0, abs=1e-3)

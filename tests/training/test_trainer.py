@@ -64,6 +64,19 @@ def test_gradient_does_not_depend_on_the_cut(normalization: str | float, monkeyp
             assert found[name] == pytest.approx(metrics[name], rel=1e-5)
 
 
+def test_denominators_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same sums under each normalization: 5 + 2 + 1 loss tokens of 3 sequences."""
+    sequences = train_sequences(0, (8, 5, 4))
+    assert [sum(sequence.loss_mask) for sequence in sequences] == [5, 2, 1]
+    norms = {}
+    for normalization in ("none", "num_loss_tokens", "num_sequences", 50.0):
+        loss = {"normalization": normalization, "kl_beta": 0.0}
+        norms[normalization] = step_in_double([sequences], monkeypatch, loss=loss)[1]
+    for normalization, divisor in (("num_loss_tokens", 8), ("num_sequences", 3), (50.0, 50)):
+        for name in ("grad_norm", "loss"):
+            assert norms[normalization][name] == pytest.approx(norms["none"][name] / divisor, rel=1e-9)
+
+
 def test_gradient_equals_a_plain_loop() -> None:
     """One sample at a time through the model's own forward, -A log pi over the loss tokens (r = 1, w = 1)."""
     trainer = make_trainer(loss={"kl_beta": 0.0, "tis_cap": None}, sampling={"temperature": 0.8})
@@ -180,9 +193,11 @@ def test_metrics_of_a_step() -> None:
     trainer.forward_backward(train_sequences(0, (40, 10, 30)))
     result = trainer.optim_step()
     assert (result.step, trainer.step) == (1, 1)
-    expected = {"learning_rate": 0.125, "train_tokens": 80, "sequences": 3, "microbatches": 2, "pack_efficiency": 0.8}
+    expected = {"learning_rate": 0.125, "train_tokens": 80, "sequences": 3, "microbatches": 2}
     assert {name: result.metrics[name] for name in expected} == pytest.approx(expected)
     assert result.metrics["loss_tokens"] == 80 - 3 * 3
+    # Lengths of one block are padded to its longest: 40 and 10 share one, 30 is alone.
+    assert result.metrics["pack_efficiency"] == pytest.approx(80 / (40 + 40 + 30))
     assert all(result.metrics[name] > 0 for name in ("forward_s", "backward_s", "optimizer_s", "grad_norm", "entropy"))
 
 

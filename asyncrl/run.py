@@ -45,6 +45,7 @@ from asyncrl.types import Probe, Sampler, SamplingParams, Trainer, Weights
 
 EVALUATION_CONCURRENCY = 64
 SECOND_SIGNAL_EXIT = 130
+LEFTOVER_LIMIT_S = 5.0
 CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 PROBE_TOKENS = 16
 
@@ -245,14 +246,13 @@ class _TrainingRun:
 
         kind, reason = choose_sampler(self.config)
         self.live.note(f"sampler: {kind} ({reason})")
-        threads = _torch_threads(shared=kind == "transformers")
         trainer = await stack.enter_async_context(
             ThreadedTrainer(
                 self.config,
                 total_steps=self.total_steps,
                 weights_format="files" if kind == "vllm" else "tensors",
                 publish_folder=self.folder.root / "weights",
-                torch_threads=threads,
+                torch_threads=_torch_threads(),
             )
         )
         return trainer, await stack.enter_async_context(_open_sampler(self.config, self.facts, self.folder.root))
@@ -386,10 +386,13 @@ def _device_type(config: Config) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _torch_threads(*, shared: bool) -> int:
-    """Threads of torch for one of two ends. On a CPU the embedded sampler and the trainer share the cores."""
+def _torch_threads() -> int:
+    """Threads of torch for either end: on a CPU the sampler and the trainer work at the same time, half the cores each.
+
+    More than that is not merely useless: threads that spin for a core that another holds slow a step 20 times.
+    """
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, cores // 2) if shared else cores
+    return max(1, cores // 2)
 
 
 @asynccontextmanager
@@ -408,7 +411,7 @@ async def _open_sampler(config: Config, facts: ModelFacts, run_dir: Path) -> Asy
     else:
         from asyncrl.sampling.transformers import TransformersSampler
 
-        sampler = TransformersSampler.from_config(config, torch_threads=_torch_threads(shared=True))
+        sampler = TransformersSampler.from_config(config, torch_threads=_torch_threads())
     async with sampler:
         yield sampler
 
@@ -485,7 +488,22 @@ def _run(main: Callable[[Interrupt], Coroutine[Any, Any, T]]) -> T:
                     raise KeyboardInterrupt from None
                 raise
 
-    return asyncio.run(guarded())
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(guarded())
+    finally:
+        _close(loop)
+
+
+def _close(loop: asyncio.AbstractEventLoop) -> None:
+    """End what is left on the loop. `asyncio.run` would wait for ever for a rollout that ignores its cancellation."""
+    left = asyncio.all_tasks(loop)
+    for task in left:
+        task.cancel()
+    if left:
+        loop.run_until_complete(asyncio.wait(left, timeout=LEFTOVER_LIMIT_S))
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
 
 
 @contextmanager

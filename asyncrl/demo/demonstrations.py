@@ -13,7 +13,7 @@ from typing import Any
 
 from asyncrl.demo.task import Problem, calculator
 
-SLIPS = {"first call": 0.35, "second call": 0.3, "no second call": 0.15, "answer": 0.2}
+SLIPS = {"first call": 0.4, "second call": 0.35, "no second call": 0.15, "answer": 0.2}
 """How often the clumsy agent errs, where it can."""
 
 

@@ -295,7 +295,7 @@ class Engine:
                 before = self.slots.window_size
                 self.slots.observe(self._load, _now())
                 if self.slots.window_size != before:
-                    log.info("window", size=self.slots.window_size, was=before)
+                    log.info("window", reason=self.slots.reason)
                     self.scheduler.pump()
             self.on_gauges(self.gauges())
             await anyio.sleep(LOAD_EVERY_S)

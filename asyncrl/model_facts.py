@@ -36,13 +36,19 @@ def read_facts(model: str, max_seq_len: int | None) -> ModelFacts:
     except (OSError, ValueError) as error:
         raise ModelError(_not_found(model, error)) from None
     text = config.get_text_config()
+    vocabulary = getattr(text, "vocab_size", None)
+    if vocabulary is None:
+        raise ModelError(
+            f"{model} is no language model: the configuration of a {config.model_type!r} has no vocab_size. "
+            "Expected a causal language model."
+        )
     longest = getattr(text, "max_position_embeddings", None)
     if max_seq_len is not None and longest is not None and max_seq_len > longest:
         raise ModelError(
             f"max_seq_len is {max_seq_len}, but {model} takes at most {longest} tokens. Lower max_seq_len."
         )
     return ModelFacts(
-        vocabulary=text.vocab_size,
+        vocabulary=vocabulary,
         max_seq_len=max_seq_len or min(longest or LONGEST_DEFAULT_TOKENS, LONGEST_DEFAULT_TOKENS),
         stop_token_ids=_stop_tokens(model, text),
     )
@@ -59,7 +65,10 @@ def load_tokenizer(model: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise ModelError(f"the tokenizer of {model} cannot be loaded: {_first_line(error)}") from None
+        raise ModelError(
+            f"the tokenizer of {model} cannot be loaded: {_first_line(error)} Expected tokenizer.json and "
+            "tokenizer_config.json beside the model, as the save_pretrained of a tokenizer writes them."
+        ) from None
 
 
 def adapter_base(folder: str) -> dict[str, Any] | None:
@@ -88,6 +97,11 @@ def _not_found(model: str, error: Exception) -> str:
             f"{model} holds no model that transformers can open: {_first_line(error)} "
             "Expected a folder with config.json and safetensors, as save_pretrained writes it."
         )
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        return (
+            f"there is no model {model!r}: no such folder (looked in {Path.cwd()}). Expected a folder with config.json "
+            "and safetensors, as save_pretrained writes it, or a name on the Hugging Face hub: 'Qwen/Qwen3-0.6B'."
+        )
     return (
         f"there is no model {model!r}: no such folder here, and the Hugging Face hub did not give it "
         f"({_first_line(error)}). Check the name, the network, and `hf auth login` for gated models."
@@ -95,4 +109,4 @@ def _not_found(model: str, error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    return str(error).strip().split("\n")[0].rstrip(".:") + "."

@@ -9,6 +9,7 @@ Only this module sees both sides, the event loop's and torch's.
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib.util
 import os
 import signal
@@ -28,7 +29,7 @@ from asyncrl.assemble import assemble, steps_at_most
 from asyncrl.config import Config
 from asyncrl.data import Rows, load_rows
 from asyncrl.engine import Engine, Record, calm_collector
-from asyncrl.errors import ConfigError
+from asyncrl.errors import ConfigError, EngineError, UserError
 from asyncrl.metrics.jsonl import JsonlFile
 from asyncrl.metrics.live import LiveView, Mode
 from asyncrl.metrics.report import where_time_went
@@ -37,7 +38,7 @@ from asyncrl.model_facts import ModelFacts, adapter_base, load_tokenizer, read_f
 from asyncrl.rollout.batch import Batch
 from asyncrl.rollout.contract import Contract
 from asyncrl.rollout.evaluation import EvalResult, Evaluator
-from asyncrl.rollout.factory import RolloutSetup, open_rollout
+from asyncrl.rollout.factory import RolloutSetup, open_rollout, require_rollout
 from asyncrl.storage.folder import RunFolder
 from asyncrl.storage.log import open_log
 from asyncrl.storage.rollouts import RolloutLog
@@ -46,6 +47,7 @@ from asyncrl.types import Probe, Sampler, SamplingParams, Trainer, Weights
 EVALUATION_CONCURRENCY = 64
 SECOND_SIGNAL_EXIT = 130
 LEFTOVER_LIMIT_S = 5.0
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
 CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 PROBE_TOKENS = 16
 
@@ -132,15 +134,18 @@ async def train_async(
     interrupt: Interrupt | None = None,
 ) -> TrainResult:
     """`train` for programs that have an event loop. Signals are the caller's: `interrupt` is how to pass them on."""
+    require_rollout(rollout)
     rows = load_rows(_dataset_of(config, dataset))
     held_out = load_rows(evaluation) if evaluation is not None else None
     facts = await asyncio.to_thread(read_facts, config.model, config.max_seq_len)
     folder = RunFolder.create(config)
     total_steps = steps_at_most(config, len(rows))
+    _silence_progress_bars()
     with open_log(folder.log), LiveView(Path(config.model).name, total_steps, mode=view) as live:
         live.note(f"run folder: {folder.root}")
         run = _TrainingRun(config, facts, folder, live, interrupt or Interrupt(), total_steps)
-        result = await run.run(rollout, rows, held_out, evaluation_samples)
+        with _full_disk_named(folder.root):
+            result = await run.run(rollout, rows, held_out, evaluation_samples)
     run.conclude(result)
     return result
 
@@ -168,6 +173,7 @@ async def evaluate_async(
     interrupt: Interrupt | None = None,
 ) -> EvalResult:
     """`evaluate` for programs that have an event loop."""
+    require_rollout(rollout)
     rows = load_rows(_dataset_of(config, dataset))
     adapter, folder = adapter_base(config.model), Path(config.model)
     if adapter is not None:
@@ -225,9 +231,7 @@ class _TrainingRun:
             await self._check_ends_agree(engine, trainer)
             before = await self._evaluate(evaluator, held_out, samples, "before training")
             wall_s = await self._train(engine, trainer)
-            after = None
-            if not self.interrupt.requested:
-                after = await self._evaluate(evaluator, held_out, samples, "after training")
+            after = await self._evaluate_after(evaluator, held_out, samples)
         return TrainResult(
             run_dir=folder.root,
             steps=engine.step,
@@ -303,7 +307,7 @@ class _TrainingRun:
     async def _evaluate(
         self, evaluator: Evaluator, rows: Rows | None, samples: int, when: str
     ) -> EvalResult | None:
-        if rows is None:
+        if rows is None or self.interrupt.requested:
             return None
         result = await evaluator.run(rows, samples)
         self.live.note(
@@ -312,19 +316,42 @@ class _TrainingRun:
         )
         return result
 
+    async def _evaluate_after(self, evaluator: Evaluator, rows: Rows | None, samples: int) -> EvalResult | None:
+        """A Ctrl-C here gives up the evaluation alone: what was trained is saved, and has its summary."""
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            return await self._evaluate(evaluator, rows, samples, "after training")
+        except asyncio.CancelledError:
+            if not (self.interrupt.requested and task is self.interrupt.task):
+                raise
+            task.uncancel()
+            return None
+
     async def _train(self, engine: Engine, trainer: Trainer) -> float:
         """Run the engine; whatever ends it, what was trained is saved. Returns the seconds it took."""
         began = time.monotonic()
         self.interrupt.engine = engine
+        if self.interrupt.requested:
+            engine.stop()
         try:
             with calm_collector():
                 await engine.run()
         finally:
-            self.interrupt.engine = None
-            engine.ledger.close()
-            if engine.step or not sys.exc_info()[0]:
-                await trainer.save_model(self.folder.model)
+            try:
+                await self._save(engine, trainer, failed=sys.exc_info()[0] is not None)
+            finally:
+                self.interrupt.engine = None
+                engine.ledger.close()
         return time.monotonic() - began
+
+    async def _save(self, engine: Engine, trainer: Trainer, *, failed: bool) -> None:
+        """The model of the last step. A run that fails before its first one has none that anybody would want."""
+        if failed and not engine.step:
+            return
+        await trainer.save_model(self.folder.model)
+        if failed:
+            self.live.note(f"the run failed; the model of step {engine.step} is in {self.folder.model}")
 
     def conclude(self, result: TrainResult) -> None:
         """Write the summary, and say how it went and where the time went."""
@@ -341,11 +368,22 @@ class _TrainingRun:
         self.folder.write_summary(summary)
         if self.records:
             self.live.note(where_time_went(self.records))
+        if not result.steps and not result.interrupted:
+            self.live.note(_why_nothing_was_trained(result.ledger))
         end = "stopped cleanly" if result.interrupted else "finished"
         self.live.note(
             f"{end} after {result.steps} steps and {result.rollouts} rollouts in {result.wall_s:.0f} s; "
             f"model: {result.model_dir}"
         )
+
+
+def _why_nothing_was_trained(ledger: dict[str, int]) -> str:
+    return (
+        f"warning: nothing was trained. Of {ledger['admitted']} groups, {ledger['filtered']} were filtered, because all "
+        f"rollouts of the group had the same reward, and {ledger['rejected']} were rejected, because too few of its "
+        "rollouts gave a sample. Look at the rewards of your rollout function, or start from a model that "
+        "sometimes succeeds."
+    )
 
 
 # Ends and choices
@@ -464,6 +502,27 @@ def _rollout_log(config: Config, folder: RunFolder) -> RolloutLog:
     return RolloutLog(folder.rollouts, decode, config.log_rollouts)
 
 
+@contextmanager
+def _full_disk_named(root: Path) -> Iterator[None]:
+    """Say which folder cannot be written. The user's own `OSError`s have become `RolloutFailed` before."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise EngineError(
+            f"the run folder {root} cannot be written: {error.strerror}. Make room, or set run_dir to another disk; "
+            "what the folder holds up to here can be used."
+        ) from error
+
+
+def _silence_progress_bars() -> None:
+    """Those of `transformers` would write through the live view."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _dataset_of(config: Config, dataset: str | Path | Rows | None) -> str | Path | Rows:
     chosen = dataset if dataset is not None else config.dataset
     if chosen is None:
@@ -476,6 +535,7 @@ def _dataset_of(config: Config, dataset: str | Path | Rows | None) -> str | Path
 
 def _run(main: Callable[[Interrupt], Coroutine[Any, Any, T]]) -> T:
     """Run `main` with Ctrl-C and SIGTERM: once ends it cleanly, twice at once."""
+    _refuse_running_loop()
     interrupt = Interrupt()
 
     async def guarded() -> T:
@@ -493,6 +553,22 @@ def _run(main: Callable[[Interrupt], Coroutine[Any, Any, T]]) -> T:
         return loop.run_until_complete(guarded())
     finally:
         _close(loop)
+
+
+def _refuse_running_loop() -> None:
+    """A loop cannot run inside another one of the same thread.
+
+    Raises:
+        UserError: this thread has a running event loop, as every notebook does.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise UserError(
+        "an event loop is running in this thread already, as in every notebook. Use `await asyncrl.train_async(...)` "
+        "there, or `await asyncrl.run.evaluate_async(...)`, instead of train and evaluate."
+    )
 
 
 def _close(loop: asyncio.AbstractEventLoop) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from asyncrl.demo.task import Problem, calculator
 
-SLIPS = {"first call": 0.4, "second call": 0.35, "no second call": 0.15, "answer": 0.2}
+SLIPS = {"first call": 0.25, "second call": 0.2, "no second call": 0.1, "answer": 0.15}
 """How often the clumsy agent errs, where it can."""
 
 
@@ -43,7 +43,7 @@ def misread(problem: Problem, rng: random.Random) -> Problem:
             replace(problem, a=problem.c, c=problem.a),
             replace(problem, b=problem.c, c=problem.b),
             replace(problem, first=problem.second, second=problem.first),
-            replace(problem, a=problem.b, b=problem.a, flipped=not problem.flipped),
+            replace(problem, a=problem.b, b=problem.a),
         ]
     )
 

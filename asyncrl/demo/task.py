@@ -45,19 +45,17 @@ async def rollout(prompt: asyncrl.Prompt) -> asyncrl.RolloutSample:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """`(a first b) second c`, or `c second (a first b)` when `flipped`."""
+    """`(a first b) second c`"""
 
     a: int
     b: int
     c: int
     first: str
     second: str
-    flipped: bool
 
     @property
     def question(self) -> str:
-        inner = f"({self.a}{self.first}{self.b})"
-        return f"{self.c}{self.second}{inner}" if self.flipped else f"{inner}{self.second}{self.c}"
+        return f"({self.a}{self.first}{self.b}){self.second}{self.c}"
 
     @property
     def first_call(self) -> str:
@@ -65,7 +63,7 @@ class Problem:
 
     def second_call(self, partial: int) -> str:
         """The call that is right once the first one has given `partial`."""
-        return f"{self.c}{self.second}{partial}" if self.flipped else f"{partial}{self.second}{self.c}"
+        return f"{partial}{self.second}{self.c}"
 
     @property
     def answer(self) -> int:
@@ -87,11 +85,10 @@ def problems(seed: int, *, held_out: bool) -> Iterator[Problem]:
             c=rng.randint(2, 9),
             first=rng.choice("+-*"),
             second=rng.choice("+-*"),
-            flipped=False,
         )
-        if ((7 * problem.a + problem.b) % HELD_OUT == 0) == held_out and _no_negatives(problem):
+        if ((7 * problem.a + problem.b) % HELD_OUT == 0) == held_out and _never_negative(problem):
             yield problem
 
 
-def _no_negatives(problem: Problem) -> bool:
+def _never_negative(problem: Problem) -> bool:
     return calculator(problem.first_call) >= 0 and problem.answer >= 0

@@ -30,8 +30,10 @@ SLACK = 0.05
 MIN_SLACK = 2
 SUSTAINED = 2
 """Observations in a row that must see a queue: requests that have just arrived wait for the next engine step only."""
-EVENT_SHRINK = 0.1
+EVENT_SHRINK = 0.05
 """Preemptions and refusals tell no number of requests too many: this share of the window goes."""
+PREEMPTIONS = 0.2
+"""Preemptions per completion that are worth less concurrency: a rare one costs less than the slots it would take."""
 MAX_SHRINK = 0.5
 """One congestion takes away at most this share."""
 KV_TAPER = 0.8
@@ -53,6 +55,10 @@ class ConcurrencyController(Protocol):
     @property
     def in_flight(self) -> int:
         """Slots that are taken."""
+
+    @property
+    def reason(self) -> str:
+        """Why the window has the size it has."""
 
     def try_acquire(self) -> bool:
         """Take a slot if there is one."""
@@ -93,6 +99,8 @@ class _Slots:
 class FixedWindow:
     """Always the same number of slots."""
 
+    reason = "fixed"
+
     def __init__(self, size: int) -> None:
         self.window_size = size
         self._slots = _Slots()
@@ -131,7 +139,9 @@ class AdaptiveWindow:
         self._settling = 0
         self._queued = 0
         self._congested = False
-        self._counters: tuple[int, int] | None = None
+        self._last: Load | None = None
+        self._preempted = 0.0
+        self._completed = 0.0
         self._seen_at = -math.inf
         self._completions_seen = 0
         self._changes = 0
@@ -162,28 +172,34 @@ class AdaptiveWindow:
         return record
 
     def observe(self, load: Load, now: float) -> None:
-        turnovers = (self._slots.completions - self._completions_seen) / self._window
-        fresh = now - self._seen_at <= STALE_AFTER_S
-        bound, counters = self._bound, (load.preemptions, load.rejected)
-        events = counters != self._counters and self._counters is not None
-        self._seen_at, self._completions_seen = now, self._slots.completions
-        self._counters, self._bound = counters, False
+        last, self._last = self._last or load, load
+        completed = self._slots.completions - self._completions_seen
+        fresh, bound = now - self._seen_at <= STALE_AFTER_S, self._bound
+        self._seen_at, self._completions_seen, self._bound = now, self._slots.completions, False
 
         draining = self._slots.in_flight > self.window_size or self._settling > 0
         if draining:
             return
+        self._preempted += load.preemptions - last.preemptions
+        self._completed += completed
         allowed = max(MIN_SLACK, SLACK * self._window)
         self._queued = self._queued + 1 if load.waiting > allowed else 0
-        if events:
-            self._shrink(self._window * EVENT_SHRINK, 0, "preempted or refused requests")
+        if load.rejected > last.rejected:
+            self._shrink(self._window * EVENT_SHRINK, 0, f"{load.rejected - last.rejected} requests were refused")
+        elif self._preempted > max(MIN_SLACK, PREEMPTIONS * self._completed):
+            self._shrink(self._window * EVENT_SHRINK, 0, f"{self._preempted:.0f} requests were preempted")
         elif self._queued >= SUSTAINED:
             self._shrink(load.waiting, load.running, f"{load.waiting} requests wait")
         elif fresh and bound and load.waiting <= allowed / 2:
-            self._grow(load, min(turnovers, 1.0))
+            self._grow(load, min(completed / self._window, 1.0))
+        if self._completed > self._window:  # one turnover: what is older says nothing about this window
+            self._preempted /= 2
+            self._completed /= 2
 
     def _shrink(self, excess: float, floor: int, reason: str) -> None:
         self._ceiling, self._at_ceiling, self._congested, self._queued = self._window, 0.0, True, 0
         self._set(max(self._window - max(excess, 1.0), self._window * (1 - MAX_SHRINK), float(floor)), reason)
+        self._preempted = self._completed = 0.0
         # Its effect shows when the rollouts that were begun under the old window have ended.
         self._settling = self._slots.in_flight
 

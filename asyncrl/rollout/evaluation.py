@@ -13,7 +13,7 @@ import structlog
 from asyncrl.data import Prompt, Rows
 from asyncrl.errors import BreakerOpen, RolloutContractError, RolloutFailed
 from asyncrl.rollout.contract import Contract
-from asyncrl.rollout.failures import Breaker, is_recoverable
+from asyncrl.rollout.failures import Breaker, is_ours, is_recoverable, users_traceback
 from asyncrl.rollout.scheduler import RolloutFn
 
 log = structlog.get_logger(__name__)
@@ -120,10 +120,12 @@ class Evaluator:
 
     def _judge(self, error: Exception, index: int, breaker: Breaker) -> None:
         where = f"row {index} of the evaluation"
+        if is_ours(error):
+            raise error
         if isinstance(error, RolloutContractError):
             raise RolloutFailed(f"{where} returned a sample that cannot be used:\n{error}") from error
         if not is_recoverable(error):
-            raise RolloutFailed(f"{where} failed: {type(error).__name__}: {error}") from error
+            raise RolloutFailed(f"{where} failed:\n{users_traceback(error)}") from error
         log.info("an evaluation rollout failed", row=index, error=repr(error))
         outage = breaker.lost()
         if outage is not None:

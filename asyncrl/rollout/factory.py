@@ -48,6 +48,16 @@ def is_factory(function: Any) -> bool:
     return not is_async(function) and "setup" in inspect.signature(function).parameters
 
 
+def require_rollout(function: Any) -> None:
+    """See at once, before a model is loaded, that `function` cannot be a rollout function.
+
+    Raises:
+        ConfigError: neither an async function nor a factory.
+    """
+    if not (isinstance(function, AbstractAsyncContextManager) or (callable(function) and is_factory(function))):
+        _checked(function)
+
+
 @asynccontextmanager
 async def open_rollout(function: Any, setup: RolloutSetup) -> AsyncIterator[RolloutFn]:
     """The rollout function itself, or what a factory makes, open as long as the block.

@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import deque
 from enum import Enum
+from pathlib import Path
 
 from asyncrl.config import RolloutConfig
-from asyncrl.errors import EngineError, RecoverableRolloutError, RolloutTimeout, SamplerRequestError
+from asyncrl.errors import EngineError, ModelError, RecoverableRolloutError, RolloutTimeout, SamplerRequestError
 
 BREAKER_IN_A_ROW = 5
 BREAKER_WINDOW = 20
@@ -47,6 +49,21 @@ def is_recoverable(error: BaseException) -> bool:
     return any(kind.__name__ in _CONNECTION_ERRORS for kind in type(error).__mro__)
 
 
+def is_ours(error: BaseException) -> bool:
+    """A failure of the engine or of the model that reached the user through the rollout function: it ends the run
+    under its own name, since the function is not to blame."""
+    return isinstance(error, (EngineError, ModelError))
+
+
+def users_traceback(error: BaseException) -> str:
+    """The traceback from the user's function on; the frames that called it say nothing."""
+    here = str(Path(__file__).parent)
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(here):
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(type(error), error, trace)).strip()
+
+
 class FailurePolicy:
     """Decides about each failure. Owns the budget of `on_error="drop"`."""
 
@@ -57,7 +74,7 @@ class FailurePolicy:
         self._forgiven = 0
 
     def judge(self, error: BaseException) -> Verdict:
-        if isinstance(error, EngineError):
+        if is_ours(error):
             return Verdict.FATAL
         if is_recoverable(error):
             return Verdict.RETRY

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from asyncrl.errors import BreakerOpen, RolloutContractError, RolloutFailed, Rol
 from asyncrl.rollout.advantages import Advantage, has_signal
 from asyncrl.rollout.concurrency import ConcurrencyController
 from asyncrl.rollout.contract import Contract
-from asyncrl.rollout.failures import Breaker, FailurePolicy, Verdict
+from asyncrl.rollout.failures import Breaker, FailurePolicy, Verdict, is_ours, users_traceback
 from asyncrl.rollout.group import Member, OpenGroup
 from asyncrl.rollout.queue import GroupQueue
 from asyncrl.rollout.staleness import StalenessBudget
@@ -356,8 +355,11 @@ class Scheduler:
 
         Raises:
             RolloutFailed: the failure is fatal.
+            EngineError, ModelError: it was the engine's own; it comes out as it is.
             BreakerOpen: too many members were lost.
         """
+        if is_ours(error):
+            raise error
         if self.failures.judge(error) is Verdict.FATAL:
             raise _fatal(member, error, budget_spent=self.failures.budget_spent) from error
         log.info("a rollout failed", rollout=repr(member), error=repr(error), retries=self.failures.retries)
@@ -417,10 +419,9 @@ def _fatal(member: Member, error: BaseException, *, budget_spent: bool) -> Rollo
             f"{member} returned a sample that cannot be trained:\n{error}\n"
             "Mend the rollout function, or set rollout.on_error='drop' to go on without such samples."
         )
-    where = "".join(traceback.format_exception(error)).strip()
     hint = (
         "rollout.error_budget is used up."
         if budget_spent
         else "Raise asyncrl.RecoverableRolloutError for what a second try can mend, or set rollout.on_error='drop'."
     )
-    return RolloutFailed(f"{member} failed:\n{where}\n{hint}")
+    return RolloutFailed(f"{member} failed:\n{users_traceback(error)}\n{hint}")

@@ -94,14 +94,15 @@ def tiny_model(
 
     if hidden % head_dim:
         raise ValueError(f"hidden is {hidden}, no multiple of head_dim={head_dim}. Use {head_dim} times 1, 2...")
+    heads = hidden // head_dim
     tokenizer = tokenizer if tokenizer is not None else tiny_tokenizer()
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden,
         "intermediate_size": 3 * hidden,
         "num_hidden_layers": layers,
-        "num_attention_heads": hidden // head_dim,
-        "num_key_value_heads": max(1, hidden // head_dim // 2),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2 if heads % 2 == 0 else heads,
         "head_dim": head_dim,
         "max_position_embeddings": max_seq_len,
         "tie_word_embeddings": tied,

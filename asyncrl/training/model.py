@@ -16,6 +16,7 @@ from typing import Any
 
 import structlog
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -175,7 +176,7 @@ def _load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, torch.dtype]:
     try:
         with quiet_progress():
             model, report = AutoModelForCausalLM.from_pretrained(name, dtype="auto", output_loading_info=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"model {name!r} cannot be loaded: {error}\n"
             "Expected a name on the Hugging Face hub, or a folder with config.json and safetensors of a causal "

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -74,7 +75,7 @@ def load_base(model: str, *, device: torch.device, dtype: torch.dtype) -> LiveMo
         config = AutoConfig.from_pretrained(model)
         with _no_progress_bars():
             module = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(_what_is_there(model, error)) from error
     layers = DynamicCache(config=config).layers
     strange = sorted({type(layer).__name__ for layer in layers if not isinstance(layer, DynamicLayer)})

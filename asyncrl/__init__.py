@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from asyncrl.config import Config
     from asyncrl.data import Prompt
     from asyncrl.errors import AsyncRLError, RecoverableRolloutError
-    from asyncrl.run import EvalResult, TrainResult, evaluate, train, train_async
+    from asyncrl.rollout.evaluation import EvalResult
+    from asyncrl.run import TrainResult, evaluate, train, train_async
     from asyncrl.types import Completion, RolloutRun, RolloutSample
 
 __version__ = "0.1.0"
@@ -28,7 +29,7 @@ _HOME = {
     "AsyncRLError": "asyncrl.errors",
     "Completion": "asyncrl.types",
     "Config": "asyncrl.config",
-    "EvalResult": "asyncrl.run",
+    "EvalResult": "asyncrl.rollout.evaluation",
     "Prompt": "asyncrl.data",
     "RecoverableRolloutError": "asyncrl.errors",
     "RolloutRun": "asyncrl.types",

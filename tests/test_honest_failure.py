@@ -241,9 +241,7 @@ class TestRolloutFunctions:
         ],
         ids=["float", "ids", "nan", "lengths", "mask", "inf", "reward", "long", "empty"],
     )
-    def test_garbage_is_named(
-        self, make_config: MakeConfig, returned: Callable[[Any], Any], parts: list[str]
-    ) -> None:
+    def test_garbage_is_named(self, make_config: MakeConfig, returned: Callable[[Any], Any], parts: list[str]) -> None:
         async def garbage(prompt: asyncrl.Prompt) -> Any:
             return returned(await rollout(prompt))
 
@@ -286,9 +284,7 @@ class TestRolloutFunctions:
         assert len(attempts) == 2
         assert result.ledger["rejected"] == result.ledger["pending"] == 0
 
-    def test_rewards_that_are_all_equal(
-        self, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_rewards_that_are_all_equal(self, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
         async def constant(prompt: asyncrl.Prompt) -> Any:
             return replace(await rollout(prompt), reward=0.0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +57,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module", params=["full", "lora"])
-def learned(
-    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Learned]:
+def learned(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Learned:
     lora = {"rank": 8} if request.param == "lora" else {}
     learning_rate = 2e-2 if lora else 5e-3
     config = Config(
@@ -85,7 +83,7 @@ def learned(
         result = asyncrl.train(
             rollout, dataset=ROWS, config=config, evaluation=HELD_OUT, evaluation_samples=4, view="quiet"
         )
-    yield Learned(result, config, last[-1])
+    return Learned(result, config, last[-1])
 
 
 class TestARun:
@@ -227,15 +225,14 @@ class TestRolloutFunctions:
             ids = [65 + prompt["n"], 65]
             parts = [await prompt.policy.generate(ids, max_tokens=length) for length in (2, 3, 4)]
             reward = score(parts[-1].tokens)
-            return asyncrl.RolloutRun(
-                [asyncrl.RolloutSample.from_completion(ids, part, reward) for part in parts]
-            )
+            return asyncrl.RolloutRun([asyncrl.RolloutSample.from_completion(ids, part, reward) for part in parts])
 
         result = asyncrl.train(branching, dataset=ROWS, config=make_config(max_steps=3), view="quiet")
         records = read_lines(result.run_dir / "metrics.jsonl")
         assert [record["samples"] for record in records] == [3 * 4 * 4] * 3
-        assert {len(run["samples"]) for line in read_lines(result.run_dir / "rollouts.jsonl")
-                for run in line["rollouts"]} == {3}
+        assert {
+            len(run["samples"]) for line in read_lines(result.run_dir / "rollouts.jsonl") for run in line["rollouts"]
+        } == {3}
 
     @pytest.mark.parametrize("policy", ["per_rollout", "per_turn"])
     def test_a_pinned_rollout_keeps_its_version(self, make_config: MakeConfig, policy: str) -> None:
@@ -293,7 +290,7 @@ async def test_train_async_inside_a_running_loop(make_config: MakeConfig) -> Non
 
 
 async def test_train_inside_a_running_loop_names_the_other_one(make_config: MakeConfig) -> None:
-    with pytest.raises(UserError, match="await asyncrl.train_async"):
+    with pytest.raises(UserError, match=r"await asyncrl\.train_async"):
         asyncrl.train(rollout, dataset=ROWS, config=make_config(), view="quiet")
 
 

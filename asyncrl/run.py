@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import importlib.util
-import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import structlog
 
@@ -28,8 +24,10 @@ from asyncrl.agents.policy import Policy, PolicyContext
 from asyncrl.assemble import assemble, steps_at_most
 from asyncrl.config import Config
 from asyncrl.data import Rows, load_rows
+from asyncrl.ends import adapter_weights, canary_tolerance, choose_sampler, open_sampler, torch_threads
 from asyncrl.engine import Engine, Record, calm_collector
-from asyncrl.errors import ConfigError, EngineError, UserError
+from asyncrl.errors import ConfigError, EngineError
+from asyncrl.interrupt import Interrupt, run_interruptible
 from asyncrl.metrics.jsonl import JsonlFile
 from asyncrl.metrics.live import LiveView, Mode
 from asyncrl.metrics.report import where_time_went
@@ -42,16 +40,12 @@ from asyncrl.rollout.factory import RolloutSetup, open_rollout, require_rollout
 from asyncrl.storage.folder import RunFolder
 from asyncrl.storage.log import open_log
 from asyncrl.storage.rollouts import RolloutLog
-from asyncrl.types import Probe, Sampler, SamplingParams, Trainer, Weights
+from asyncrl.types import Probe, Sampler, SamplingParams, Trainer
 
 EVALUATION_CONCURRENCY = 64
-SECOND_SIGNAL_EXIT = 130
-LEFTOVER_LIMIT_S = 5.0
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
-CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 PROBE_TOKENS = 16
 
-T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
@@ -107,7 +101,7 @@ def train(
         EngineError: the run could not go on.
         KeyboardInterrupt: after a Ctrl-C, once what was trained has been published and saved.
     """
-    result = _run(
+    result = run_interruptible(
         lambda interrupt: train_async(
             rollout,
             dataset=dataset,
@@ -157,10 +151,8 @@ def evaluate(
 
     Raises: as `train`.
     """
-    return _run(
-        lambda interrupt: evaluate_async(
-            rollout, dataset=dataset, config=config, samples=samples, interrupt=interrupt
-        )
+    return run_interruptible(
+        lambda interrupt: evaluate_async(rollout, dataset=dataset, config=config, samples=samples, interrupt=interrupt)
     )
 
 
@@ -182,27 +174,11 @@ async def evaluate_async(
     facts = await asyncio.to_thread(read_facts, config.model, config.max_seq_len)
     logs = Path(config.run_dir or ".") / "evaluation"
     setup = RolloutSetup(config, logs, lambda: load_tokenizer(config.model))
-    async with _open_sampler(config, facts, logs) as sampler, open_rollout(rollout, setup) as function:
+    async with open_sampler(config, facts, logs) as sampler, open_rollout(rollout, setup) as function:
         if adapter is not None:
-            await sampler.publish(_adapter_weights(folder, sampler))
+            await sampler.publish(adapter_weights(folder, sampler))
         context = _policy_context(config, facts, sampler)
         return await _evaluator(config, facts, function, context).run(rows, samples)
-
-
-class Interrupt:
-    """Passes the wish to stop on to whatever runs: the engine finishes its step; anything else is cancelled."""
-
-    def __init__(self) -> None:
-        self.engine: Engine | None = None
-        self.task: asyncio.Task[Any] | None = None
-        self.requested = False
-
-    def __call__(self) -> None:
-        self.requested = True
-        if self.engine is not None:
-            self.engine.stop()
-        elif self.task is not None:
-            self.task.cancel()
 
 
 @dataclass(slots=True)
@@ -217,9 +193,7 @@ class _TrainingRun:
     total_steps: int
     records: list[Record] = field(default_factory=list)
 
-    async def run(
-        self, rollout: Callable[..., Any], rows: Rows, held_out: Rows | None, samples: int
-    ) -> TrainResult:
+    async def run(self, rollout: Callable[..., Any], rows: Rows, held_out: Rows | None, samples: int) -> TrainResult:
         config, folder = self.config, self.folder
         async with AsyncExitStack() as stack:
             trainer, sampler = await self._open_ends(stack)
@@ -256,10 +230,10 @@ class _TrainingRun:
                 total_steps=self.total_steps,
                 weights_format="files" if kind == "vllm" else "tensors",
                 publish_folder=self.folder.root / "weights",
-                torch_threads=_torch_threads(),
+                torch_threads=torch_threads(),
             )
         )
-        return trainer, await stack.enter_async_context(_open_sampler(self.config, self.facts, self.folder.root))
+        return trainer, await stack.enter_async_context(open_sampler(self.config, self.facts, self.folder.root))
 
     def _engine(
         self,
@@ -304,9 +278,7 @@ class _TrainingRun:
         logprobs = (await trainer.forward([tokens]))[0]
         await engine.check_canary(Probe(tokens, tuple(logprobs)), 0)
 
-    async def _evaluate(
-        self, evaluator: Evaluator, rows: Rows | None, samples: int, when: str
-    ) -> EvalResult | None:
+    async def _evaluate(self, evaluator: Evaluator, rows: Rows | None, samples: int, when: str) -> EvalResult | None:
         if rows is None or self.interrupt.requested:
             return None
         result = await evaluator.run(rows, samples)
@@ -331,7 +303,7 @@ class _TrainingRun:
     async def _train(self, engine: Engine, trainer: Trainer) -> float:
         """Run the engine; whatever ends it, what was trained is saved. Returns the seconds it took."""
         began = time.monotonic()
-        self.interrupt.engine = engine
+        self.interrupt.stop = engine.stop
         if self.interrupt.requested:
             engine.stop()
         try:
@@ -341,7 +313,7 @@ class _TrainingRun:
             try:
                 await self._save(engine, trainer, failed=sys.exc_info()[0] is not None)
             finally:
-                self.interrupt.engine = None
+                self.interrupt.stop = None
                 engine.ledger.close()
         return time.monotonic() - began
 
@@ -379,88 +351,14 @@ class _TrainingRun:
 
 def _why_nothing_was_trained(ledger: dict[str, int]) -> str:
     return (
-        f"warning: nothing was trained. Of {ledger['admitted']} groups, {ledger['filtered']} were filtered, because all "
-        f"rollouts of the group had the same reward, and {ledger['rejected']} were rejected, because too few of its "
-        "rollouts gave a sample. Look at the rewards of your rollout function, or start from a model that "
+        f"warning: nothing was trained. Of {ledger['admitted']} groups, {ledger['filtered']} were filtered, because "
+        f"all rollouts of the group had the same reward, and {ledger['rejected']} were rejected, because too few of "
+        "its rollouts gave a sample. Look at the rewards of your rollout function, or start from a model that "
         "sometimes succeeds."
     )
 
 
-# Ends and choices
-
-
-def choose_sampler(config: Config) -> tuple[Literal["vllm", "transformers"], str]:
-    """Which sampler `config` uses on this machine, and why."""
-    if config.sampler.urls:
-        return "vllm", "sampler.urls are given"
-    if config.sampler.kind != "auto":
-        return config.sampler.kind, "sampler.kind says so"
-    if _device_type(config) == "cuda" and importlib.util.find_spec("vllm") is not None:
-        return "vllm", "there is a CUDA device and vLLM is installed"
-    if _device_type(config) == "cuda":
-        return "transformers", "vLLM is not installed; it would be several times faster: docs/vllm.md"
-    return "transformers", "there is no CUDA device, and the embedded sampler needs no server"
-
-
-def canary_tolerance(config: Config) -> float | None:
-    """The largest difference of log-probs that the canary forgives; None switches it off."""
-    if not config.publish.canary:
-        return None
-    if config.publish.canary_tolerance is not None:
-        return config.publish.canary_tolerance
-    dtype = config.trainer.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if _device_type(config) == "cuda" else "float32"
-    return CANARY_TOLERANCE[dtype]
-
-
-def _device_type(config: Config) -> str:
-    if config.trainer.device != "auto":
-        return config.trainer.device
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _torch_threads() -> int:
-    """Threads of torch for either end: on a CPU the sampler and the trainer work at the same time, half the cores each.
-
-    More than that is not merely useless: threads that spin for a core that another holds slow a step 20 times.
-    """
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, cores // 2)
-
-
-@asynccontextmanager
-async def _open_sampler(config: Config, facts: ModelFacts, run_dir: Path) -> AsyncIterator[Sampler]:
-    kind, _ = choose_sampler(config)
-    sampler: Sampler
-    if kind == "vllm":
-        from asyncrl.sampling.vllm import VllmSampler
-
-        sampler = VllmSampler(
-            config,
-            run_dir=run_dir,
-            context_tokens=facts.max_seq_len,
-            keep_versions=config.staleness.max_staleness + 2,
-        )
-    else:
-        from asyncrl.sampling.transformers import TransformersSampler
-
-        sampler = TransformersSampler.from_config(config, torch_threads=_torch_threads())
-    async with sampler:
-        yield sampler
-
-
-def _adapter_weights(folder: Path, sampler: Sampler) -> Weights:
-    """A saved adapter as version 1 of its base model."""
-    if sampler.wants == "files":
-        return Weights(version=1, adapter=True, folder=folder)
-    from safetensors.torch import load_file
-
-    return Weights(version=1, adapter=True, tensors=load_file(folder / "adapter_model.safetensors"))
+# Parts
 
 
 def _policy_context(config: Config, facts: ModelFacts, sampler: Sampler) -> PolicyContext:
@@ -528,79 +426,3 @@ def _dataset_of(config: Config, dataset: str | Path | Rows | None) -> str | Path
     if chosen is None:
         raise ConfigError("no dataset was given. Pass dataset=..., or set `dataset` in the config.")
     return chosen
-
-
-# Signals
-
-
-def _run(main: Callable[[Interrupt], Coroutine[Any, Any, T]]) -> T:
-    """Run `main` with Ctrl-C and SIGTERM: once ends it cleanly, twice at once."""
-    _refuse_running_loop()
-    interrupt = Interrupt()
-
-    async def guarded() -> T:
-        interrupt.task = asyncio.current_task()
-        with _signals(interrupt):
-            try:
-                return await main(interrupt)
-            except asyncio.CancelledError:
-                if interrupt.requested:
-                    raise KeyboardInterrupt from None
-                raise
-
-    loop = asyncio.new_event_loop()
-    try:
-        return loop.run_until_complete(guarded())
-    finally:
-        _close(loop)
-
-
-def _refuse_running_loop() -> None:
-    """A loop cannot run inside another one of the same thread.
-
-    Raises:
-        UserError: this thread has a running event loop, as every notebook does.
-    """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return
-    raise UserError(
-        "an event loop is running in this thread already, as in every notebook. Use `await asyncrl.train_async(...)` "
-        "there, or `await asyncrl.run.evaluate_async(...)`, instead of train and evaluate."
-    )
-
-
-def _close(loop: asyncio.AbstractEventLoop) -> None:
-    """End what is left on the loop. `asyncio.run` would wait for ever for a rollout that ignores its cancellation."""
-    left = asyncio.all_tasks(loop)
-    for task in left:
-        task.cancel()
-    if left:
-        loop.run_until_complete(asyncio.wait(left, timeout=LEFTOVER_LIMIT_S))
-    loop.run_until_complete(loop.shutdown_asyncgens())
-    loop.close()
-
-
-@contextmanager
-def _signals(interrupt: Interrupt) -> Iterator[None]:
-    """Handle SIGINT and SIGTERM as long as the block lasts. Only the main thread may."""
-    if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
-        yield
-        return
-    loop = asyncio.get_running_loop()
-
-    def handle() -> None:
-        if interrupt.requested:
-            print("\nstopping at once", file=sys.stderr, flush=True)
-            os._exit(SECOND_SIGNAL_EXIT)  # the servers' guards see the pipe close and end them
-        print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)
-        interrupt()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, handle)
-    try:
-        yield
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)

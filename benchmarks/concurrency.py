@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
+
 from asyncrl import Config, Prompt, RolloutSample
 from asyncrl.agents.policy import Policy, PolicyContext
 from asyncrl.assemble import assemble
@@ -188,7 +189,6 @@ async def vllm_rate(sampler: Sampler, low: int, high: int, seconds: float = 20.0
         tokens = prompt.rng.choices(range(200), k=64)
         completion = await prompt.policy.generate(tokens, max_tokens=length, stop_token_ids=[])
         return RolloutSample.from_completion(tokens, completion, reward=prompt.rng.random())
-
 
     engine = make_engine(sampler, low, high, 1_000_000, windows, work)
     engine.settings = type(engine.settings)(

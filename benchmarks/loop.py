@@ -1,4 +1,4 @@
-"""The training loop that `speed.py` and `latency_hidden.py` measure: 24 prompt tokens, 6 answer tokens, 1.7 M parameters.
+"""The loop that `speed.py` and `latency_hidden.py` measure: 24 prompt and 6 answer tokens, 1.7 M parameters.
 
 Full fine-tuning on the embedded sampler, 8 prompts x 8 rollouts a step. The reward is whether a token comes up, so
 nearly every group has a signal.

@@ -73,7 +73,18 @@ def test_what_is_taught_is_every_turn_of_the_assistant_and_nothing_else() -> Non
 def test_the_demo_runs_to_its_summary(tmp_path: Path, lora: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Far too short to learn: whether it learns is the job of `make demo`."""
     out = tmp_path / "run"
-    few = "--sampler transformers --warm-steps 12 --steps 1 --train-rows 8 --held-out-rows 4".split()
+    few = [
+        "--sampler",
+        "transformers",
+        "--warm-steps",
+        "12",
+        "--steps",
+        "1",
+        "--train-rows",
+        "8",
+        "--held-out-rows",
+        "4",
+    ]
     assert main([*few, *lora, "--out", str(out)]) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert {"accuracy_before", "accuracy_after", "wall_s", "steps", "rollouts", "worst_staleness"} <= set(summary)

@@ -109,7 +109,7 @@ def test_a_failed_hot_load_ends_the_run_at_once() -> None:
 
 def test_a_hot_load_that_hangs_ends_at_its_limit() -> None:
     sampler = ScriptedSampler(latency_s=slow, publish_s=lambda: 1e9)
-    with pytest.raises(EngineError, match="version 1 took longer than publish.timeout_s=600 s"):
+    with pytest.raises(EngineError, match=r"version 1 took longer than publish\.timeout_s=600 s"):
         run_virtual(engine_of(sampler, CountingTrainer()).run())
 
 

@@ -280,6 +280,34 @@ class TestDatasets:
         assert drawn == [(epoch, row) for epoch in range(3) for row in range(5)]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pipeline_chunks_per_step": 4},
+        {"staleness": {"policy": "pace", "max_staleness": 1, "on_stale": "mask"}},
+        {"staleness": {"policy": "pace", "max_staleness": 0, "on_stale": "requeue"}},
+        {"publish": {"weight_sync_interval": 2}},
+        {"sampler": {"kind": "transformers", "in_flight": "interrupt"}, "loss": {"kl_beta": 0.01}},
+        {"sampler": {"kind": "transformers", "in_flight": "drain"}, "trainer": {"device": "cpu", "dtype": "bfloat16"}},
+        {"lora": {"rank": 2}, "loss": {"kl_beta": 0.01, "anchor": "rollout", "tis_level": "sequence"}},
+        {"trainer": {"device": "cpu", "gradient_checkpointing": True, "max_tokens_per_microbatch": 16}},
+        {"advantage": "rloo", "policy_loss": "grpo", "optimizer": {"schedule": "cosine", "warmup_steps": 1}},
+        {"completions_per_prompt": 1, "advantage": "reinforce", "concurrency": {"min_window": 2, "max_window": 2}},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_settings_that_change_the_way(make_config: MakeConfig, settings: dict[str, Any]) -> None:
+    config = make_config(max_steps=4, **settings)
+    result = asyncrl.train(rollout, dataset=ROWS, config=config, view="quiet")
+    records = read_lines(result.run_dir / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert {name for record in records for name in record} <= METRIC_BY_NAME.keys()
+    assert result.worst_staleness <= config.staleness.max_staleness
+    assert max(record["canary_diff"] for record in records) < (0.25 if config.trainer.dtype == "bfloat16" else 1e-3)
+    assert load_config(result.run_dir / "config.toml") == config
+    assert len(read_lines(result.run_dir / "ledger.jsonl")) == result.ledger["admitted"]
+
+
 async def test_train_async_inside_a_running_loop(make_config: MakeConfig) -> None:
     from asyncrl.run import evaluate_async
 

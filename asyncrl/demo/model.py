@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +64,8 @@ def make_model(folder: Path, *, seed: int, steps: int = WARM_STEPS) -> Path:
     from asyncrl.training.trainer import TorchTrainer
 
     transformers_logging.disable_progress_bar()
+    rng = random.Random(seed)
+    shown = problems(seed, held_out=False)
     tokenizer = demo_tokenizer()
     blank = tiny_model(
         folder / "blank-model", kind="qwen3", hidden=128, layers=3, max_seq_len=256, seed=seed, tokenizer=tokenizer
@@ -73,16 +77,28 @@ def make_model(folder: Path, *, seed: int, steps: int = WARM_STEPS) -> Path:
         loss=LossConfig(kl_beta=0.0),
     )
     trainer = TorchTrainer(config, total_steps=steps, weights_format="tensors")
-    rng = random.Random(seed)
-    shown = problems(seed, held_out=False)
-    for step in track(range(steps), "making a clumsy agent"):
-        clumsiness = float(step >= CLEAN_SHARE * steps)
-        talks = [demonstration(problem, rng, clumsiness) for problem in islice(shown, WARM_BATCH)]
-        trainer.forward_backward_custom([supervised(tokenizer, talk) for talk in talks], cross_entropy)
-        trainer.optim_step()
+    with torch_threads(1):  # so small a model gains little from a second one, and loses much on a busy machine
+        for step in track(range(steps), "making a clumsy agent"):
+            clumsiness = float(step >= CLEAN_SHARE * steps)
+            talks = [demonstration(problem, rng, clumsiness) for problem in islice(shown, WARM_BATCH)]
+            trainer.forward_backward_custom([supervised(tokenizer, talk) for talk in talks], cross_entropy)
+            trainer.optim_step()
     trainer.save_model(folder / "start-model")
     shutil.rmtree(blank)
     return folder / "start-model"
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Run torch's operations on so many threads as long as the block lasts."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def supervised(tokenizer: Any, messages: list[dict[str, Any]]) -> TrainSequence:

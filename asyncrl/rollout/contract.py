@@ -71,9 +71,7 @@ class Contract:
             versions = _numbers("versions", sample.versions, operator.index)
             _check_lengths(len(tokens), versions=versions)
             _check_versions(versions, mask, oldest, newest)
-        return replace(
-            sample, tokens=tokens, logprobs=logprobs, loss_mask=mask, reward=reward, versions=versions
-        )
+        return replace(sample, tokens=tokens, logprobs=logprobs, loss_mask=mask, reward=reward, versions=versions)
 
     def _check_tokens(self, tokens: list[int]) -> None:
         if not tokens:

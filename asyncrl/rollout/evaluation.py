@@ -99,9 +99,7 @@ class Evaluator:
         self, rows: Rows, index: int, sample: int, result: EvalResult, breaker: Breaker, room: anyio.CapacityLimiter
     ) -> None:
         policy = self.make_policy(f"evaluation-{index}-{sample}")
-        prompt = Prompt(
-            rows[index], policy=policy, index=index, rollout_index=sample, evaluation=True, seed=self.seed
-        )
+        prompt = Prompt(rows[index], policy=policy, index=index, rollout_index=sample, evaluation=True, seed=self.seed)
         try:
             with anyio.fail_after(self.timeout_s):
                 returned = await self.rollout(prompt)

@@ -1,7 +1,7 @@
 """What a failed rollout means: draw it again, go on without it, or end the run. Pure.
 
-    recoverable   timeouts, lost connections, HTTP 408/429/5xx, RecoverableRolloutError
-    fatal         a malformed sample, any other exception (`on_error="drop"` makes them recoverable, on a budget)
+recoverable   timeouts, lost connections, HTTP 408/429/5xx, RecoverableRolloutError
+fatal         a malformed sample, any other exception (`on_error="drop"` makes them recoverable, on a budget)
 """
 
 from __future__ import annotations

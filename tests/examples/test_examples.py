@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from asyncrl.config import Config, LossConfig, OptimizerConfig
+from asyncrl.demo.model import torch_threads
 from asyncrl.losses import cross_entropy
 from asyncrl.testing.models import tiny_model, tiny_tokenizer
 from asyncrl.training.trainer import TorchTrainer
@@ -50,10 +51,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = Config(model=str(blank), loss=LossConfig(kl_beta=0), optimizer=OptimizerConfig(learning_rate=1e-2))
     trainer = TorchTrainer(config, total_steps=40, weights_format="tensors")
     rng = random.Random(0)
-    for _ in range(40):
-        batch = [_said(tokenizer, row, rng) for row in rng.choices(ROWS, k=6)]
-        trainer.forward_backward_custom(batch, cross_entropy)
-        trainer.optim_step()
+    with torch_threads(1):
+        for _ in range(40):
+            batch = [_said(tokenizer, row, rng) for row in rng.choices(ROWS, k=6)]
+            trainer.forward_backward_custom(batch, cross_entropy)
+            trainer.optim_step()
     trainer.save_model(folder / "lucky")
     return folder / "lucky"
 

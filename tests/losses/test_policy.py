@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -10,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.errors import ConfigError
-from asyncrl.losses import TIS, LossInputs, accepted_settings, cross_entropy, importance_ratio, k3, policy_loss
+from asyncrl.losses import (
+    TIS,
+    LossInputs,
+    accepted_settings,
+    cross_entropy,
+    importance_ratio,
+    k3,
+    policy_loss,
+    tis_weights,
+)
 from tests.losses.cases import make_inputs, random_inputs
 
 
@@ -266,3 +277,11 @@ def test_cross_entropy_by_hand() -> None:
 def test_tis_refuses(settings_: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         TIS(**settings_)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weights_are_constants(level: Literal["token", "sequence"]) -> None:
+    """Even where the anchor has a gradient, because a caller forgot to detach it."""
+    inputs = random_inputs(0, (3, 5))
+    inputs = replace(inputs, old_logprobs=inputs.old_logprobs.requires_grad_())
+    assert not tis_weights(inputs, TIS(level=level)).requires_grad

@@ -153,7 +153,7 @@ def test_unknown_exceptions_can_be_dropped_on_a_budget() -> None:
     settings = {"timeout_s": 10.0, "on_error": "drop", "retries": 0}
     outcome = run(rollout, rows=30, rollout=settings)
     assert 0 < total(outcome, "members_failed") < 30
-    with pytest.raises(RolloutFailed, match="error_budget is used up"):
+    with pytest.raises(RolloutFailed, match=r"rollout\.error_budget is used up"):
         run(rollout, rows=30, rollout={**settings, "error_budget": 2})
 
 
@@ -171,7 +171,7 @@ def test_what_a_rollout_should_not_raise_does_not_end_the_process(error: BaseExc
         await asyncio.sleep(1)
         raise error
 
-    with pytest.raises(RolloutFailed, match="SystemExit|nobody had cancelled it"):
+    with pytest.raises(RolloutFailed, match=r"SystemExit|nobody had cancelled it"):
         run(rollout)
 
 

@@ -201,6 +201,18 @@ def test_metrics_of_a_step() -> None:
     assert all(result.metrics[name] > 0 for name in ("forward_s", "backward_s", "optimizer_s", "grad_norm", "entropy"))
 
 
+def test_a_batch_starts_from_nothing() -> None:
+    """The gradient of the step before must not be in the next one."""
+    trainer = make_trainer()
+    trainer.forward_backward(train_sequences(0, LENGTHS))
+    trainer.optim_step()
+    trainer.forward_backward(train_sequences(1, (12, 7)))
+    once = gradients(trainer)
+    trainer.forward_backward(train_sequences(1, (12, 7)))
+    twice = gradients(trainer)
+    torch.testing.assert_close(twice, {name: 2 * gradient for name, gradient in once.items()})
+
+
 def test_deterministic_for_a_seed() -> None:
     def run(seed: int) -> tuple[dict[str, torch.Tensor], float]:
         trainer = make_trainer(lora={"rank": 4}, seed=seed)

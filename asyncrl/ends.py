@@ -1,0 +1,91 @@
+"""The two ends of a run: which sampler, on which device, with how many threads, and the sampler opened."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Literal
+
+from asyncrl.config import Config
+from asyncrl.model_facts import ModelFacts
+from asyncrl.types import Sampler, Weights
+
+CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+
+
+def choose_sampler(config: Config) -> tuple[Literal["vllm", "transformers"], str]:
+    """Which sampler `config` uses on this machine, and why."""
+    if config.sampler.urls:
+        return "vllm", "sampler.urls are given"
+    if config.sampler.kind != "auto":
+        return config.sampler.kind, "sampler.kind says so"
+    if device_type(config) == "cuda" and importlib.util.find_spec("vllm") is not None:
+        return "vllm", "there is a CUDA device and vLLM is installed"
+    if device_type(config) == "cuda":
+        return "transformers", "vLLM is not installed; it would be several times faster: docs/vllm.md"
+    return "transformers", "there is no CUDA device, and the embedded sampler needs no server"
+
+
+def canary_tolerance(config: Config) -> float | None:
+    """The largest difference of log-probs that the canary forgives; None switches it off."""
+    if not config.publish.canary:
+        return None
+    if config.publish.canary_tolerance is not None:
+        return config.publish.canary_tolerance
+    dtype = config.trainer.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device_type(config) == "cuda" else "float32"
+    return CANARY_TOLERANCE[dtype]
+
+
+def device_type(config: Config) -> str:
+    if config.trainer.device != "auto":
+        return config.trainer.device
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def torch_threads() -> int:
+    """Threads of torch for either end: on a CPU the sampler and the trainer work at the same time, half the cores each.
+
+    More than that is not merely useless: threads that spin for a core that another holds slow a step 20 times.
+    """
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, cores // 2)
+
+
+@asynccontextmanager
+async def open_sampler(config: Config, facts: ModelFacts, run_dir: Path) -> AsyncIterator[Sampler]:
+    kind, _ = choose_sampler(config)
+    sampler: Sampler
+    if kind == "vllm":
+        from asyncrl.sampling.vllm import VllmSampler
+
+        sampler = VllmSampler(
+            config,
+            run_dir=run_dir,
+            context_tokens=facts.max_seq_len,
+            keep_versions=config.staleness.max_staleness + 2,
+        )
+    else:
+        from asyncrl.sampling.transformers import TransformersSampler
+
+        sampler = TransformersSampler.from_config(config, torch_threads=torch_threads())
+    async with sampler:
+        yield sampler
+
+
+def adapter_weights(folder: Path, sampler: Sampler) -> Weights:
+    """A saved adapter as version 1 of its base model."""
+    if sampler.wants == "files":
+        return Weights(version=1, adapter=True, folder=folder)
+    from safetensors.torch import load_file
+
+    return Weights(version=1, adapter=True, tensors=load_file(folder / "adapter_model.safetensors"))

@@ -32,7 +32,7 @@ from asyncrl.storage.folder import RunFolder
 if TYPE_CHECKING:
     from asyncrl.run import TrainResult
 
-STEPS = 28
+STEPS = 48
 """Enough for all but the last few mistakes. Later steps get slow: most groups are all right, and thrown away."""
 
 
@@ -68,7 +68,7 @@ def demo_config(model: Path, run_dir: Path, options: argparse.Namespace) -> Conf
         staleness=StalenessConfig(max_staleness=2),
         concurrency=ConcurrencyConfig(initial_window=64),
         loss=LossConfig(kl_beta=0.0),
-        optimizer=OptimizerConfig(learning_rate=3e-3 if options.lora else 3e-4, warmup_steps=3),
+        optimizer=OptimizerConfig(learning_rate=3e-3 if options.lora else 3e-4, schedule="linear", warmup_steps=3),
         lora=LoraConfig(rank=8 if options.lora else 0, alpha=16.0),
         sampler=SamplerConfig(kind=options.sampler),
     )

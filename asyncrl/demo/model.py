@@ -28,7 +28,7 @@ CALL_END = '"}}\n</tool_call>'
 WORDS = (CALL_BEGIN, CALL_END, *(f"<|im_start|>{role}\n" for role in ("user", "assistant", "tool")))
 """Whole markup as single tokens, so that a call costs about 8 tokens and not 70."""
 
-WARM_STEPS, WARM_BATCH = 280, 64
+WARM_STEPS, WARM_BATCH = 360, 64
 CLEAN_SHARE = 0.7
 """Of the warm start's steps: the part without slips."""
 

@@ -128,8 +128,13 @@ class VllmSampler:
         """
         return await self._limited("a completion", lambda: self._generate(request))
 
+    async def _passed_gate(self) -> None:
+        """Wait until no hot-load is under way: when one ends, the next may have begun before this task runs."""
+        while not self._gate.is_set():
+            await self._gate.wait()
+
     async def _generate(self, request: SampleRequest) -> Completion:
-        await self._gate.wait()
+        await self._passed_gate()
         room = self._room(len(request.token_ids))
         version = self._resolve(request.version)
         replica = self._router.begin(request.session)
@@ -161,7 +166,7 @@ class VllmSampler:
         return await self._limited("scoring", lambda: self._score(token_ids, version))
 
     async def _score(self, token_ids: Sequence[int], version: int) -> list[float]:
-        await self._gate.wait()
+        await self._passed_gate()
         self._room(len(token_ids))
         self._resolve(version)
         # A salt of its own: not one token of the answer may come from the prefix cache.

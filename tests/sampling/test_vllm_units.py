@@ -7,6 +7,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.lowlevel
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +19,8 @@ from asyncrl.sampling import launch
 from asyncrl.sampling.load import EngineLoad, read_metrics, together
 from asyncrl.sampling.params import read_completion, read_scores, refusal, sampling_body, scoring_body
 from asyncrl.sampling.routing import AdapterShelf, Router
-from asyncrl.types import SamplingParams
+from asyncrl.sampling.vllm import VllmSampler
+from asyncrl.types import SampleRequest, SamplingParams
 
 
 def answer(**changes: Any) -> dict[str, Any]:
@@ -250,3 +253,42 @@ def test_root_error_is_that_of_the_engine() -> None:
     assert launch.root_error("all is well\n") is None
     assert launch.likely_cause("ModuleNotFoundError: No module named 'vllm'").startswith("vLLM is not installed")
     assert "sampler.port" in launch.likely_cause("OSError: [Errno 98] Address already in use")
+
+
+class StandInEndpoint:
+    """Takes two turns of the loop to load weights; answers with the version that is loaded."""
+
+    version = 0
+
+    async def load_weights(self, version: int, folder: str, in_flight: str, limit_s: float) -> None:
+        await anyio.lowlevel.checkpoint()
+        self.version = version
+
+    async def post(self, path: str, body: object, timeout_s: float | None) -> dict[str, Any]:
+        return answer(weight_versions=[{"version": str(self.version), "start": 0, "end": 3}])
+
+    def check_alive(self) -> None:
+        return None
+
+
+async def test_requests_at_the_gate_wait_out_hot_loads_that_follow_each_other(tmp_path: Path) -> None:
+    """A request that one hot-load lets go may find the next one under way: it must wait again, not fail."""
+    sampler = VllmSampler(Config(model="none"), run_dir=tmp_path, keep_versions=2)
+    sampler._endpoints = [StandInEndpoint()]  # type: ignore[list-item]
+    sampler._context = 64
+    drawn: list[int] = []
+
+    async def publish() -> None:
+        for version in range(1, 6):
+            await sampler._publish_full(version, "folder", 1.0)
+
+    async def draw() -> None:
+        await anyio.lowlevel.checkpoint()
+        completion = await sampler.generate(SampleRequest([1, 2], SamplingParams(4)))
+        drawn.append(completion.versions[0])
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(publish)
+        for _ in range(4):
+            tasks.start_soon(draw)
+    assert drawn == [5] * 4

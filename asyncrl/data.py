@@ -1,6 +1,6 @@
 """From dataset rows to prompts: in a seeded order, with a cursor that is exact.
 
-    JSONL | list of dicts | datasets.Dataset  ->  Rows  ->  PromptStream  ->  Draw  ->  Prompt
+JSONL | list of dicts | datasets.Dataset  ->  Rows  ->  PromptStream  ->  Draw  ->  Prompt
 """
 
 from __future__ import annotations

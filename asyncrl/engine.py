@@ -398,6 +398,7 @@ class Engine:
             "canary_diff": self._canary_diff,
             **(result.metrics if result is not None else {}),
         }
+        self.on_gauges(self.gauges())
         self.on_step(record, batch)
 
 

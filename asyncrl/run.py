@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from asyncrl.config import Config
 from asyncrl.data import Rows, load_rows
 from asyncrl.ends import adapter_weights, canary_tolerance, choose_sampler, open_sampler, torch_threads
 from asyncrl.engine import Engine, Record, calm_collector
-from asyncrl.errors import ConfigError, EngineError
+from asyncrl.errors import AsyncRLError, ConfigError, EngineError
 from asyncrl.interrupt import Interrupt, run_interruptible
 from asyncrl.metrics.jsonl import JsonlFile
 from asyncrl.metrics.live import LiveView, Mode
@@ -138,8 +139,12 @@ async def train_async(
     with open_log(folder.log), LiveView(Path(config.model).name, total_steps, mode=view) as live:
         live.note(f"run folder: {folder.root}")
         run = _TrainingRun(config, facts, folder, live, interrupt or Interrupt(), total_steps)
-        with _full_disk_named(folder.root):
-            result = await run.run(rollout, rows, held_out, evaluation_samples)
+        try:
+            with _full_disk_named(folder.root):
+                result = await run.run(rollout, rows, held_out, evaluation_samples)
+        except AsyncRLError as error:
+            run.conclude_failure(error)
+            raise
     run.conclude(result)
     return result
 
@@ -224,12 +229,14 @@ class _TrainingRun:
 
         kind, reason = choose_sampler(self.config)
         self.live.note(f"sampler: {kind} ({reason})")
+        published = self.folder.root / "weights"
+        stack.callback(shutil.rmtree, published, ignore_errors=True)  # what is worth keeping is in model/
         trainer = await stack.enter_async_context(
             ThreadedTrainer(
                 self.config,
                 total_steps=self.total_steps,
                 weights_format="files" if kind == "vllm" else "tensors",
-                publish_folder=self.folder.root / "weights",
+                publish_folder=published,
                 torch_threads=torch_threads(),
             )
         )
@@ -347,6 +354,14 @@ class _TrainingRun:
             f"{end} after {result.steps} steps and {result.rollouts} rollouts in {result.wall_s:.0f} s; "
             f"model: {result.model_dir}"
         )
+
+    def conclude_failure(self, error: AsyncRLError) -> None:
+        """Leave a summary of a run that failed after it had trained something."""
+        if self.records:
+            with suppress(OSError):  # a full disk is reported already
+                self.folder.write_summary(
+                    {"steps": self.records[-1]["step"], "error": f"{type(error).__name__}: {error}"}
+                )
 
 
 def _why_nothing_was_trained(ledger: dict[str, int]) -> str:

@@ -95,9 +95,14 @@ class RunFolder:
         return folder
 
     def holds(self) -> list[str]:
-        """The names of a run's files that are already there."""
-        files = (self.config, self.environment, self.metrics, self.rollouts, self.summary, self.model, self.log)
-        return [file.name for file in files if file.exists()]
+        """The names of the files that a new run must not overwrite.
+
+        Results, and a config that is not ours; what a run leaves that failed before its first step may go.
+        """
+        files = [self.metrics, self.rollouts, self.summary, self.model]
+        if not self.environment.exists():
+            files.insert(0, self.config)
+        return [file.name for file in files if file.exists() and file.stat().st_size]
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`; a reader never sees half of it."""

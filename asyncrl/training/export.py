@@ -42,6 +42,13 @@ def write_folder(policy: PolicyModel, folder: Path, dtype: torch.dtype) -> Path:
     return folder
 
 
+def prune(folder: Path, newest: int, keep: int) -> None:
+    """Remove the folders `policy-v*` of versions that are `keep` or more behind `newest`."""
+    for old in folder.glob("policy-v*"):
+        if int(old.name.removeprefix("policy-v")) <= newest - keep:
+            shutil.rmtree(old)
+
+
 def write_model(policy: PolicyModel, folder: Path, source: str) -> Path:
     """As `write_folder` in the dtype of the source checkpoint, with the tokenizer of `source` beside it."""
     write_folder(policy, folder, policy.source_dtype)

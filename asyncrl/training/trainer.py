@@ -32,7 +32,7 @@ from asyncrl.losses import (
 )
 from asyncrl.training.accumulator import Accumulator
 from asyncrl.training.batch import Batch, Tokens, check_sequences, check_tokens, make_batch, make_tokens, plan
-from asyncrl.training.export import snapshot, write_folder, write_model
+from asyncrl.training.export import prune, snapshot, write_folder, write_model
 from asyncrl.training.logprobs import TokenLogprobs
 from asyncrl.training.model import PolicyModel, frozen_copy, load_policy
 from asyncrl.training.optimizer import check_schedule, learning_rate, make_optimizer, normalize_and_clip
@@ -161,6 +161,9 @@ class TorchTrainer:
         assert self._publish_folder is not None
         folder = self._publish_folder / f"policy-v{self._step}"
         write_folder(self._policy, folder, self._policy.compute_dtype)
+        # A sampler reads full weights once; an adapter it may read again while a rollout of its version goes on.
+        keep = 2 * (self._config.staleness.max_staleness + 2) if adapter else 2
+        prune(self._publish_folder, self._step, keep * max(1, self._config.publish.weight_sync_interval))
         return Weights(version=self._step, adapter=adapter, folder=folder, probe=probe)
 
     def save_model(self, folder: Path) -> None:

@@ -144,3 +144,11 @@ def test_a_model_is_saved_in_the_dtype_it_came_in(tmp_path: Path, monkeypatch: p
     trainer.save_model(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+
+
+def test_only_the_newest_versions_are_kept(tmp_path: Path) -> None:
+    for version in range(6):
+        (tmp_path / f"policy-v{version}").mkdir()
+    (tmp_path / "model").mkdir()
+    prune(tmp_path, newest=5, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "policy-v4", "policy-v5"]

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from asyncrl.training.export import prune
 from asyncrl.types import Weights
 from tests.training.cases import fresh_model, make_trainer, plain_logprobs, token_lists, train_sequences, weights
 

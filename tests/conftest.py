@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,9 @@ import pytest
 
 from asyncrl.config import Config
 from asyncrl.testing.models import tiny_model
+
+# Before torch is loaded: threads that spin for a core which a server of the tests holds make a test ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 THREADS_END_S = 30.0
 SMALL: dict[str, Any] = {

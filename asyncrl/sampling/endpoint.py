@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import aiohttp
 import anyio
@@ -14,6 +15,8 @@ from asyncrl.errors import SamplerError, SamplerRequestError
 from asyncrl.sampling.load import EngineLoad, read_metrics
 from asyncrl.sampling.params import adapter_name, refusal
 from asyncrl.sampling.server import Server
+
+T = TypeVar("T")
 
 METRICS_TIMEOUT_S = 10.0
 """5 to 13 ms on an idle server; a busy one answers between two engine steps."""
@@ -184,20 +187,25 @@ class Endpoint:
             raise SamplerError(f"{what} could not be made live: {error}") from error
 
 
-async def on_each(endpoints: Sequence[Endpoint], act: Callable[[Endpoint], Awaitable[Any]]) -> list[Any]:
-    """`act` on all at once; their results in order. All come to their end, then the first failure is raised."""
-    results: list[Any] = [None] * len(endpoints)
+async def all_of(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+    """All calls at once; their results in order. All come to their end, then the first failure is raised."""
+    results: dict[int, T] = {}
     failures: list[SamplerError | SamplerRequestError] = []
 
-    async def run(index: int) -> None:
+    async def run(place: int) -> None:
         try:
-            results[index] = await act(endpoints[index])
+            results[place] = await calls[place]()
         except (SamplerError, SamplerRequestError) as error:
             failures.append(error)
 
     async with anyio.create_task_group() as group:
-        for index in range(len(endpoints)):
-            group.start_soon(run, index)
+        for place in range(len(calls)):
+            group.start_soon(run, place)
     if failures:
         raise failures[0]
-    return results
+    return [results[place] for place in range(len(calls))]
+
+
+async def on_each(endpoints: Sequence[Endpoint], act: Callable[[Endpoint], Awaitable[T]]) -> list[T]:
+    """`act` on all of them at once, as `all_of`."""
+    return await all_of([partial(act, endpoint) for endpoint in endpoints])

@@ -58,6 +58,31 @@ def scoring_body(token_ids: Sequence[int], *, model: str | None, cache_salt: str
     return _body(token_ids, drawn, model, cache_salt)
 
 
+def next_token_bodies(token_ids: Sequence[int], *, model: str | None, cache_salt: str) -> list[dict[str, Any]]:
+    """The same scores by one request for each token [N - 1]: what would be drawn after the tokens before it?
+
+    For adapters: `prompt_logprobs` of a request kills the engine when others run beside it (vLLM 0.32: the LoRA
+    logits of the prompt are computed with the row mapping of the tokens that are drawn).
+    """
+    asked = {**NEUTRAL, "max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "detokenize": False}
+    return [
+        # Named twice: the server shows as many entries as there are names, and the drawn token comes first.
+        _body(token_ids[:n], {**asked, "logprobs": 2, "logprob_token_ids": [token_ids[n]] * 2}, model, cache_salt)
+        for n in range(1, len(token_ids))
+    ]
+
+
+def read_next_token(answer: Mapping[str, Any], token: int) -> float:
+    """The log-prob of `token` from an answer to one of `next_token_bodies`."""
+    try:
+        entries = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        return float(next(entry["logprob"] for entry in entries if entry["token_id"] == token))
+    except (KeyError, IndexError, TypeError, StopIteration):
+        raise SamplerRequestError(
+            f"vLLM did not score token {token}: it does not answer logprob_token_ids here.", recoverable=False
+        ) from None
+
+
 def _body(token_ids: Sequence[int], drawn: dict[str, Any], model: str | None, cache_salt: str) -> dict[str, Any]:
     body: dict[str, Any] = {"token_ids": list(token_ids), "sampling_params": drawn, "cache_salt": cache_salt}
     if model is not None:

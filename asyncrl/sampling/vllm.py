@@ -14,6 +14,7 @@ import os
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -24,13 +25,15 @@ import structlog
 from asyncrl.config import Config
 from asyncrl.errors import SamplerError, SamplerRequestError
 from asyncrl.sampling.connect import connect
-from asyncrl.sampling.endpoint import Endpoint, on_each
+from asyncrl.sampling.endpoint import Endpoint, all_of, on_each
 from asyncrl.sampling.launch import plan
 from asyncrl.sampling.load import together
 from asyncrl.sampling.params import (
     GENERATE_PATH,
     adapter_name,
+    next_token_bodies,
     read_completion,
+    read_next_token,
     read_scores,
     read_spans,
     sampling_body,
@@ -169,21 +172,26 @@ class VllmSampler:
         await self._passed_gate()
         self._room(len(token_ids))
         self._resolve(version)
-        # A salt of its own: not one token of the answer may come from the prefix cache.
-        body = scoring_body(token_ids, model=self._model(version), cache_salt=secrets.token_hex(16))
         if self._lora:
             self._shelf.begin(version)
-        try:
-            answers = await on_each(self._endpoints, lambda end: end.post(GENERATE_PATH, body, timeout_s=None))
-        finally:
-            if self._lora:
+            try:
+                scores = await on_each(self._endpoints, lambda end: self._score_adapter(end, token_ids, version))
+            finally:
                 self._shelf.end(version)
-        if not self._lora:
-            for answer in answers:
-                self._check_pinned(version, read_spans(answer["choices"][0]["weight_versions"], 1))
-        scores = [read_scores(answer, token_ids) for answer in answers]
+        else:
+            scores = await on_each(self._endpoints, lambda end: self._score_full(end, token_ids, version))
         self._check_agreement(scores, version)
         return scores[0]
+
+    async def _score_full(self, end: Endpoint, token_ids: Sequence[int], version: int) -> list[float]:
+        answer = await end.post(GENERATE_PATH, scoring_body(token_ids, model=None, cache_salt=_fresh()), timeout_s=None)
+        self._check_pinned(version, read_spans(answer["choices"][0]["weight_versions"], 1))
+        return read_scores(answer, token_ids)
+
+    async def _score_adapter(self, end: Endpoint, token_ids: Sequence[int], version: int) -> list[float]:
+        bodies = next_token_bodies(token_ids, model=self._model(version), cache_salt=_fresh())
+        answers = await all_of([partial(end.post, GENERATE_PATH, body, timeout_s=None) for body in bodies])
+        return [read_next_token(answer, token) for answer, token in zip(answers, token_ids[1:], strict=True)]
 
     async def publish(self, weights: Weights) -> None:
         """Make `weights` live on every replica. On return, new requests are drawn from them.
@@ -296,6 +304,11 @@ class VllmSampler:
                     f"{endpoint.name} and {self._endpoints[0].name} disagree on version {version} by {worst:.3g} in a "
                     f"log-prob; at most {tolerance:g} was expected. They do not hold the same weights."
                 )
+
+
+def _fresh() -> str:
+    """A salt that nobody used: not one token of a score may come from the prefix cache."""
+    return secrets.token_hex(16)
 
 
 def _absolute(folder: Path) -> str:

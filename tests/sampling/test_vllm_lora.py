@@ -72,3 +72,16 @@ async def test_token_outside_the_vocabulary_is_refused(subject: Subject) -> None
     with pytest.raises(SamplerRequestError, match="vocab") as caught:
         await draw(subject, [5, 6, subject.vocab_size])
     assert (caught.value.status, caught.value.recoverable) == (400, False)
+
+
+async def test_scores_are_right_while_many_requests_run(subject: Subject) -> None:
+    """vLLM's own prompt log-probs would kill the engine here: the canary scores amid running rollouts."""
+    version = await publish_next(subject)
+    running = [asyncio.create_task(draw(subject, [5 + n, 6, 7], max_tokens=CONTEXT - 3)) for n in range(12)]
+    await until_running(subject, running[0])
+    tokens = [*PROMPT, 9, 4, 17]
+    expected = subject.truth(tokens, version, 1.0)
+    for _ in range(3):
+        scored = await subject.sampler.score(tokens, version)
+        assert max(abs(a - b) for a, b in zip(scored, expected, strict=True)) < TOLERANCE
+    assert {item.versions[0] for item in await asyncio.gather(*running)} == {version}

@@ -13,7 +13,7 @@ from asyncrl.config import Config
 from asyncrl.errors import SamplerError, SamplerRequestError
 from asyncrl.sampling.vllm import VllmSampler
 from asyncrl.types import Weights
-from tests.sampling.contract import CHECKS, TOLERANCE, Check, Subject, draw, error, publish_next, until_running
+from tests.sampling.contract import CHECKS, TOLERANCE, Check, Subject, draw, error, publish_next, until, until_running
 from tests.sampling.truth import CONTEXT, NEEDS_VLLM, PROMPT, Truth
 
 pytestmark = [*NEEDS_VLLM, pytest.mark.asyncio(loop_scope="module")]
@@ -78,7 +78,7 @@ async def test_scores_are_right_while_many_requests_run(subject: Subject) -> Non
     """vLLM's own prompt log-probs would kill the engine here: the canary scores amid running rollouts."""
     version = await publish_next(subject)
     running = [asyncio.create_task(draw(subject, [5 + n, 6, 7], max_tokens=CONTEXT - 3)) for n in range(12)]
-    await until_running(subject, running[0])
+    await until(subject, lambda load: load.running >= 6, *running)
     tokens = [*PROMPT, 9, 4, 17]
     expected = subject.truth(tokens, version, 1.0)
     for _ in range(3):

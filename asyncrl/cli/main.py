@@ -60,9 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", metavar="CONFIG.toml")
     demo = command("demo", "Train a tiny tool-using agent on this machine, start to end.")
-    demo.add_argument("--sampler", choices=("transformers", "vllm"), default="transformers")
+    demo.add_argument("--sampler", choices=("auto", "transformers", "vllm"), default="auto")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--lora", action="store_true", help="train an adapter instead of the full model")
+    demo.add_argument("--steps", type=int, help="optimizer steps")
     demo.add_argument("--out", metavar="DIR", help="run folder (default: runs/<time>)")
     evaluate = command("eval", "Measure the mean reward on a dataset.", True)
     evaluate.add_argument("target", metavar="RUN_FOLDER|CONFIG.toml")
@@ -84,6 +85,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     argv = ["--sampler", arguments.sampler, "--seed", str(arguments.seed)]
     argv += ["--lora"] if arguments.lora else []
+    argv += ["--steps", str(arguments.steps)] if arguments.steps is not None else []
     argv += ["--out", arguments.out] if arguments.out else []
     return int(run_demo(argv) or 0)
 

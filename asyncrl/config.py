@@ -175,13 +175,17 @@ class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
     learning_rate: PositiveFloat = 1e-5
+    """Of AdamW. The default suits full fine-tuning; adapters take about ten times as much."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up: stay, or fall to 0 at the last step."""
     warmup_steps: NonNegativeInt = 0
     """Steps from 0 up to `learning_rate`."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Decay of the means of the gradient and of its square. 0.95: the gradients of RL are noisy and change."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of the second mean."""
     weight_decay: NonNegativeFloat = 0.0
+    """Decoupled (AdamW). Off: it would pull the policy away from the model that it started from."""
     grad_clip_norm: PositiveFloat | None = 1.0
     """Largest global gradient norm. None: no clipping."""
 
@@ -192,6 +196,7 @@ class LoraConfig(Section):
     rank: NonNegativeInt = 0
     """0 trains the full model."""
     alpha: PositiveFloat = 32.0
+    """The adapter's output is scaled by alpha / rank."""
     targets: str | tuple[str, ...] = "all-linear"
     """Modules that get an adapter, as `peft` names them."""
 
@@ -200,6 +205,7 @@ class TrainerConfig(Section):
     """Where and how the model is trained."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """`auto`: CUDA where there is one, then Apple's MPS, then the CPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation: `auto` is bf16 autocast over float32 weights on CUDA, float32 elsewhere."""
     max_tokens_per_microbatch: PositiveInt = 8192

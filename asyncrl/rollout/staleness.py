@@ -1,8 +1,8 @@
 """The staleness bound: when a group may be admitted, and what becomes of one that is too old.
 
-B groups are one optimizer batch, O is `max_staleness`, L is `lookahead`. The budget has
+B groups are one optimizer batch, O is `max_staleness`. The budget has
 
-    slots = (O + 1) B - L
+    slots = (O + 1) B
 
 A group holds a slot from its admission until weights trained on it are live in the sampler, or until it
 leaves without having been trained. docs/staleness.md derives from this, and from the order of the queue,

@@ -126,8 +126,9 @@ class Engine:
             if batch is None:
                 break
             result = await self._optimize(batch)
-            await self._publish_if_due()
-            self._report(batch, result)
+            if result is not None:
+                await self._publish_if_due()
+                self._report(batch, result)
         await self._published()
         if self.published < self.step and self.settings.sync_interval:
             await self._publish()
@@ -209,7 +210,7 @@ class Engine:
         interval = self.settings.sync_interval
         if not interval:
             self.scheduler.published(self.step)
-        elif self.step % interval == 0 and self.step > self.published:
+        elif self.step % interval == 0:
             await self._publish()
 
     async def _publish(self) -> None:
@@ -359,7 +360,7 @@ class Engine:
             "published": self.published,
         }
 
-    def _report(self, batch: Batch, result: StepResult | None) -> None:
+    def _report(self, batch: Batch, result: StepResult) -> None:
         now = _now()
         counts, times = self.scheduler.take_counts(), self._times
         step_s, self._step_began_at, self._times = now - self._step_began_at, now, Times()
@@ -396,7 +397,7 @@ class Engine:
             "tokens_generated": tokens,
             "rollouts_finished": counts.rollouts,
             "canary_diff": self._canary_diff,
-            **(result.metrics if result is not None else {}),
+            **result.metrics,
         }
         self.on_gauges(self.gauges())
         self.on_step(record, batch)

@@ -15,6 +15,7 @@ from asyncrl.config import Config
 from asyncrl.data import Prompt
 from asyncrl.engine import Engine
 from asyncrl.errors import CanaryError, EngineError, SamplerError, SamplerRequestError, StallError, TrainerError
+from asyncrl.rollout.scheduler import RolloutFn
 from asyncrl.testing.clock import Deadlock, run_virtual
 from asyncrl.testing.fakes import CountingTrainer, ScriptedSampler
 from asyncrl.types import Load, RolloutSample, SamplingParams, StepResult, TrainSequence, Weights
@@ -25,7 +26,11 @@ async def rollout(prompt: Prompt) -> RolloutSample:
     return RolloutSample.from_completion([1], completion, reward=float(prompt.rollout_index))
 
 
-def engine_of(sampler: ScriptedSampler, trainer: CountingTrainer, rows: int = 40, **settings: Any) -> Engine:
+def engine_of(
+    sampler: ScriptedSampler, trainer: CountingTrainer, rows: int = 40, work: RolloutFn = rollout, **settings: Any
+) -> Engine:
+    sampler: ScriptedSampler, trainer: CountingTrainer, rows: int = 40, work: RolloutFn = rollout, **settings: Any
+) -> Engine:
     defaults: dict[str, Any] = {
         "model": "none",
         "completions_per_prompt": 2,
@@ -37,7 +42,7 @@ def engine_of(sampler: ScriptedSampler, trainer: CountingTrainer, rows: int = 40
     context = PolicyContext(sampler, params=SamplingParams(4), max_seq_len=64, load_tokenizer=lambda: None)
     return assemble(
         config,
-        settings.get("rollout_fn", rollout),
+        work,
         [{"row": row} for row in range(rows)],
         sampler=sampler,
         trainer=trainer,
@@ -180,3 +185,25 @@ def test_a_true_deadlock_is_seen_in_virtual_time() -> None:
 
     with pytest.raises(Deadlock):
         run_virtual(main())
+
+
+async def nobody_is_better(prompt: Prompt) -> RolloutSample:
+    completion = await prompt.policy.generate([1], max_tokens=2)
+    return RolloutSample.from_completion([1], completion, reward=float(prompt.index > 20 and prompt.rollout_index))
+
+
+def test_a_batch_without_signal_is_no_step_and_leaves_no_record() -> None:
+    steps: list[float] = []
+    trainer = CountingTrainer()
+    engine = engine_of(
+        ScriptedSampler(latency_s=slow),
+        trainer,
+        work=nobody_is_better,
+        on_filtered="drop",
+        data={"shuffle": False},
+    )
+    engine.on_step = lambda record, batch: steps.append(record["step"])
+    run_virtual(engine.run())
+    assert steps == list(range(1, trainer.step + 1))
+    assert engine.ledger.summary()["filtered"] == 21
+    assert engine.ledger.summary()["trained"] == 19

@@ -29,8 +29,6 @@ async def rollout(prompt: Prompt) -> RolloutSample:
 def engine_of(
     sampler: ScriptedSampler, trainer: CountingTrainer, rows: int = 40, work: RolloutFn = rollout, **settings: Any
 ) -> Engine:
-    sampler: ScriptedSampler, trainer: CountingTrainer, rows: int = 40, work: RolloutFn = rollout, **settings: Any
-) -> Engine:
     defaults: dict[str, Any] = {
         "model": "none",
         "completions_per_prompt": 2,

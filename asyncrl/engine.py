@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import anyio
 import structlog
 
-from asyncrl.errors import CanaryError, EngineError, SamplerRequestError, StallError
+from asyncrl.errors import CanaryError, EngineError, SamplerRequestError, StallError, first_failure
 from asyncrl.rollout.batch import Batch, chunk_sizes
 from asyncrl.rollout.concurrency import ConcurrencyController
 from asyncrl.rollout.queue import GroupQueue
@@ -109,7 +109,7 @@ class Engine:
                 await self._train()
                 helpers.cancel_scope.cancel()
         except BaseExceptionGroup as group:
-            raise _first(group) from None
+            raise first_failure(group) from None
         finally:
             await self._end_publication()
 
@@ -425,11 +425,3 @@ def calm_collector() -> Iterator[None]:
 def _now() -> float:
     """Seconds on the loop's clock, which is monotonic, and virtual in simulations."""
     return asyncio.get_running_loop().time()
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The failure that came first, out of the groups that task groups wrap it in."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -99,3 +99,11 @@ class TrainerError(EngineError):
 
 class StallError(EngineError):
     """Nothing moved for `stall_timeout_s`."""
+
+
+def first_failure(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The failure that came first, out of the groups that task groups wrap it in."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -11,7 +11,7 @@ import anyio
 import structlog
 
 from asyncrl.data import Prompt, Rows
-from asyncrl.errors import BreakerOpen, RolloutContractError, RolloutFailed
+from asyncrl.errors import BreakerOpen, RolloutContractError, RolloutFailed, first_failure
 from asyncrl.rollout.contract import Contract
 from asyncrl.rollout.failures import Breaker, is_ours, is_recoverable, users_traceback
 from asyncrl.rollout.scheduler import RolloutFn
@@ -89,10 +89,7 @@ class Evaluator:
                         await room.acquire_on_behalf_of((index, sample))
                         tasks.start_soon(self._one, rows, index, sample, result, breaker, room)
         except BaseExceptionGroup as group:
-            error: BaseException = group
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-            raise error from None
+            raise first_failure(group) from None
         return result
 
     async def _one(

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from asyncrl.config import Config
     from asyncrl.data import Prompt
     from asyncrl.errors import AsyncRLError, RecoverableRolloutError
+    from asyncrl.result import TrainResult
     from asyncrl.rollout.evaluation import EvalResult
-    from asyncrl.run import TrainResult, evaluate, train, train_async
+    from asyncrl.run import evaluate, train, train_async
     from asyncrl.types import Completion, RolloutRun, RolloutSample
 
 __version__ = "0.1.0"
@@ -35,7 +36,7 @@ _HOME = {
     "RolloutRun": "asyncrl.types",
     "RolloutSample": "asyncrl.types",
     "Tool": "asyncrl.agents.tools",
-    "TrainResult": "asyncrl.run",
+    "TrainResult": "asyncrl.result",
     "evaluate": "asyncrl.run",
     "tool": "asyncrl.agents.tools",
     "train": "asyncrl.run",

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from asyncrl.config import Config
 from asyncrl.data import PromptStream, Rows
 from asyncrl.engine import Engine, EngineSettings, Record
-from asyncrl.rollout.advantages import advantage_function
 from asyncrl.rollout.batch import Batch
 from asyncrl.rollout.concurrency import controller
 from asyncrl.rollout.contract import Contract
 from asyncrl.rollout.failures import FailurePolicy
+from asyncrl.rollout.grading import SignalPatience, grader
 from asyncrl.rollout.queue import GroupQueue
 from asyncrl.rollout.scheduler import PolicyFactory, RolloutFn, RolloutSettings, Scheduler
 from asyncrl.rollout.staleness import StalenessBudget
@@ -53,7 +53,8 @@ def assemble(
         ledger=ledger,
         contract=contract or Contract(),
         failures=FailurePolicy(config.rollout),
-        advantage=advantage_function(config.advantage),
+        grader=grader(config.advantage, config.group_filter, config.completions_per_prompt),
+        patience=SignalPatience(config.signal_patience_groups),
         settings=RolloutSettings(
             group_size=config.completions_per_prompt,
             timeout_s=config.rollout.timeout_s,

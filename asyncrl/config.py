@@ -1,232 +1,66 @@
 """Every setting of a run on one page, validated at birth.
 
 A `Config` is frozen, knows no unknown field, and refuses combinations that cannot work, so that a
-run that starts does not end an hour later for a reason that was known before.
+run that starts does not end an hour later for a reason that was known before. Its sections are in sections.py.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
-    Field,
     PositiveFloat,
     PositiveInt,
     ValidationError,
     field_serializer,
+    field_validator,
     model_validator,
 )
 
 from asyncrl.errors import ConfigError
+from asyncrl.sections import (
+    LOSS_SETTING_OWNERS,
+    POLICY_LOSS_NAMES,
+    ConcurrencyConfig,
+    DataConfig,
+    LoraConfig,
+    LossConfig,
+    NonNegativeInt,
+    OptimizerConfig,
+    PublishConfig,
+    RolloutConfig,
+    SamplerConfig,
+    SamplingConfig,
+    Section,
+    StalenessConfig,
+    TrainerConfig,
+    WandbConfig,
+)
 
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
+__all__ = [
+    "ConcurrencyConfig",
+    "Config",
+    "DataConfig",
+    "LoraConfig",
+    "LossConfig",
+    "OptimizerConfig",
+    "PublishConfig",
+    "RolloutConfig",
+    "SamplerConfig",
+    "SamplingConfig",
+    "Section",
+    "StalenessConfig",
+    "TrainerConfig",
+    "WandbConfig",
+    "explain",
+]
 
-
-class Section(BaseModel):
-    """A group of settings: frozen, no unknown fields, docstrings as descriptions."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
-
-
-class DataConfig(Section):
-    """Which rows are rolled out, in which order."""
-
-    epochs: PositiveInt = 1
-    """Passes over the dataset."""
-    shuffle: bool = True
-    """A new order each epoch, from `seed`."""
-    max_rows: PositiveInt | None = None
-    """Use only the first so many rows."""
-
-
-class SamplingConfig(Section):
-    """How the policy draws tokens while it is trained."""
-
-    max_tokens: PositiveInt = 1024
-    """Most tokens of one completion (one turn of an agent)."""
-    temperature: PositiveFloat = 1.0
-    """The trainer divides its logits by the same number. 0 is refused: greedy rollouts explore nothing."""
-    top_p: Fraction = 1.0
-    """Below 1 the sampler's distribution is truncated; the trainer does not replay that: watch `behavior_kl`."""
-    top_k: NonNegativeInt = 0
-    """0 is off. The same remark as for `top_p`."""
-
-
-class RolloutConfig(Section):
-    """What happens around one call of the rollout function."""
-
-    timeout_s: PositiveFloat = 600.0
-    """Longest life of one rollout; then it is cancelled and counts as a recoverable failure."""
-    retries: NonNegativeInt = 2
-    """How often one group member is drawn again after a recoverable failure."""
-    min_group_size: PositiveInt = 1
-    """A group with fewer survivors is rejected."""
-    on_error: Literal["fail", "drop"] = "fail"
-    """An unknown exception, or a malformed sample, ends the run (`fail`), or is drawn again like a
-    recoverable failure (`drop`), at most `error_budget` times."""
-    error_budget: NonNegativeInt = 100
-    """Unknown exceptions that `on_error="drop"` forgives in one run."""
-
-
-class StalenessConfig(Section):
-    """How old the weights that drew a token may be when the token is trained."""
-
-    policy: Literal["wait", "pace"] = "wait"
-    """`wait`: a hard bound; a straggler is passed until its own bound is near, then waited for. `pace`: bounds the
-    mean, and never waits for a straggler; what becomes of tokens over the bound is `on_stale`."""
-    max_staleness: NonNegativeInt = 4
-    """O, in optimizer steps. 0 is on-policy. Published gains come at 1 to 4 already (docs/staleness.md)."""
-    on_stale: Literal["train", "mask", "requeue", "drop"] = "train"
-    """`pace` only, for tokens over the bound: train them; mask them (younger tokens of the sample still train);
-    roll the prompt out again; or drop the group."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> StalenessConfig:
-        if self.policy == "wait" and self.on_stale != "train":
-            raise ValueError(
-                f"staleness.on_stale={self.on_stale!r} has no meaning with staleness.policy='wait': no token is "
-                "ever over the bound there. Use policy='pace', or leave on_stale out."
-            )
-        return self
-
-
-class ConcurrencyConfig(Section):
-    """How many rollouts run at once. `min_window == max_window` is a fixed window."""
-
-    min_window: PositiveInt = 1
-    """Never fewer."""
-    max_window: PositiveInt = 4096
-    """Never more."""
-    initial_window: PositiveInt = 16
-    """The cold start. Clamped into [min_window, max_window]."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> ConcurrencyConfig:
-        if self.min_window > self.max_window:
-            raise ValueError(
-                f"concurrency.min_window is {self.min_window} and max_window is {self.max_window}: "
-                "min_window must not be larger."
-            )
-        return self
-
-
-class SamplerConfig(Section):
-    """Where tokens come from."""
-
-    kind: Literal["auto", "vllm", "transformers"] = "auto"
-    """`vllm`: a vLLM server, started here or found at `urls`. `transformers`: embedded in this process.
-    `auto`: vLLM on a CUDA machine that has it installed, or when `urls` are given; else embedded."""
-    urls: tuple[str, ...] = ()
-    """Running vLLM servers to use instead of starting some."""
-    replicas: PositiveInt = 1
-    """vLLM servers to start. Each rollout stays on one of them."""
-    port: NonNegativeInt = 0
-    """First port of the servers that are started; 0 picks free ones."""
-    in_flight: Literal["interrupt", "keep", "drain"] = "keep"
-    """Full weights only. What a hot-load does to requests in flight: stop them and compute their past again
-    under the new weights; go on over the old KV cache; or wait until they have ended."""
-    version_policy: Literal["per_turn", "per_rollout"] = "per_turn"
-    """`per_turn`: every request uses the newest weights. `per_rollout`: a rollout keeps the weights it began
-    with (needs LoRA, or the embedded sampler)."""
-    max_running: PositiveInt | None = None
-    """Most requests that the engine decodes at once. None: vLLM's own default; embedded: 64 on CPU, 256 on GPU."""
-    gpu_memory_utilization: Fraction = 0.45
-    """Share of the GPU that vLLM may take; the trainer lives beside it on a machine with one GPU."""
-    kv_cache_bytes: PositiveInt = 1 << 28
-    """Size of vLLM's KV cache on a CPU."""
-    extra_args: tuple[str, ...] = ()
-    """Further arguments for `vllm serve`."""
-    start_timeout_s: PositiveFloat = 600.0
-    """How long a server may take until it is ready."""
-    request_timeout_s: PositiveFloat = 600.0
-    """How long one request may take."""
-
-
-class LossConfig(Section):
-    """The objective: docs/objectives.md has the formulas."""
-
-    eps_low: NonNegativeFloat = 0.2
-    """The ratio is clipped below 1 - eps_low."""
-    eps_high: NonNegativeFloat | None = None
-    """... and above 1 + eps_high. None: as `eps_low`."""
-    kl_beta: NonNegativeFloat = 0.001
-    """Weight of the KL to the reference model. 0 switches the reference model off."""
-    anchor: Literal["old_policy", "rollout"] = "old_policy"
-    """What the ratio is taken against: the trainer's own log-probs before this step, or the sampler's."""
-    tis_cap: PositiveFloat | None = 5.0
-    """Cap of the importance weight old / behaviour. None switches the correction off."""
-    tis_level: Literal["token", "sequence"] = "token"
-    """One weight per token, or the geometric mean of the sequence for each of its tokens."""
-    normalization: Literal["num_loss_tokens", "num_sequences", "sequence_mean", "none"] | PositiveFloat = (
-        "num_loss_tokens"
-    )
-    """What the summed loss is divided by, over the whole optimizer batch. A number is a constant (Dr. GRPO)."""
-
-
-class OptimizerConfig(Section):
-    """AdamW and its schedule."""
-
-    learning_rate: PositiveFloat = 1e-5
-    """Of AdamW. The default suits full fine-tuning; adapters take about ten times as much."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: stay, or fall to 0 at the last step."""
-    warmup_steps: NonNegativeInt = 0
-    """Steps from 0 up to `learning_rate`."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    """Decay of the means of the gradient and of its square. 0.95: the gradients of RL are noisy and change."""
-    eps: PositiveFloat = 1e-8
-    """Added to the root of the second mean."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Decoupled (AdamW). Off: it would pull the policy away from the model that it started from."""
-    grad_clip_norm: PositiveFloat | None = 1.0
-    """Largest global gradient norm. None: no clipping."""
-
-
-class LoraConfig(Section):
-    """Low-rank adapters by `peft`."""
-
-    rank: NonNegativeInt = 0
-    """0 trains the full model."""
-    alpha: PositiveFloat = 32.0
-    """The adapter's output is scaled by alpha / rank."""
-    targets: str | tuple[str, ...] = "all-linear"
-    """Modules that get an adapter, as `peft` names them."""
-
-
-class TrainerConfig(Section):
-    """Where and how the model is trained."""
-
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """`auto`: CUDA where there is one, then Apple's MPS, then the CPU."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation: `auto` is bf16 autocast over float32 weights on CUDA, float32 elsewhere."""
-    max_tokens_per_microbatch: PositiveInt = 8192
-    """Tokens that go through the model at once. Memory grows with it, results do not change."""
-    gradient_checkpointing: bool = False
-    """Compute activations twice to keep fewer of them."""
-    logprob_chunk_tokens: PositiveInt = 1024
-    """Tokens whose logits exist at once."""
-
-
-class PublishConfig(Section):
-    """How new weights reach the sampler."""
-
-    weight_sync_interval: NonNegativeInt = 1
-    """N: optimizer steps from one hot-load to the next. 0: the sampler keeps the weights it began with."""
-    timeout_s: PositiveFloat = 600.0
-    """Longest hot-load."""
-    canary: bool = True
-    """After each hot-load, sampler and trainer must agree on the log-probs of a fixed probe."""
-    canary_tolerance: PositiveFloat | None = None
-    """Largest difference. None: 1e-3 in float32, 0.25 in bfloat16 (rounding differs from kernel to kernel)."""
+GRPO_KL_BETA = 0.001
+TAKEN_NAMES = frozenset({"evaluation", "logs", "tensorboard", "wandb", "weights"})
 
 
 class Config(Section):
@@ -254,17 +88,28 @@ class Config(Section):
     max_seq_len: PositiveInt | None = None
     """Longest sample, prompt included. None: what the model allows, at most 8192."""
     policy_loss: str | Callable[..., Any] = "grpo"
-    """A name from `asyncrl.losses`, or a function like those."""
+    """The objective: a name, a function like those of `asyncrl.losses`, or `file.py:function` that names one."""
     advantage: str | Callable[[list[float]], list[float]] = "grpo"
-    """`grpo`, `dr_grpo`, `rloo`, `reinforce`, or a function from a group's rewards to its advantages."""
+    """`grpo`, `dr_grpo`, `rloo`, `reinforce`, or a function (`file.py:function` in a file) from a group's rewards to
+    its advantages."""
     on_filtered: Literal["replace", "drop"] = "replace"
-    """A group whose rewards are all equal carries no signal: fill its place in the batch, or leave it empty."""
+    """A group without signal is filtered: fill its place in the batch, or leave it empty."""
+    group_filter: str | Callable[[list[float]], bool] | None = None
+    """A function (`file.py:function` in a file) from a group's rewards to whether the group is trained. None: a group
+    whose rewards are all equal carries no signal."""
+    signal_patience_groups: PositiveInt | None = None
+    """End the run when fewer than a tenth of so many finished groups in a row carried signal: no prompt is begun any
+    more, and what is under way is still trained. None: go on until the data ends."""
     stall_timeout_s: PositiveFloat = 1800.0
     """The run ends with a report of who waits for what when nothing has moved for so long."""
     trackers: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
     """Beside `metrics.jsonl`, which is always written."""
     log_rollouts: NonNegativeInt = 2
     """Groups per step whose rollouts are written to `rollouts.jsonl`."""
+    save_model: bool = True
+    """Write the trained model or adapter when the run ends."""
+    export_name: str = "model"
+    """Folder of the trained model, inside the run folder."""
 
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -277,6 +122,7 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     trainer: TrainerConfig = TrainerConfig()
     publish: PublishConfig = PublishConfig()
+    wandb: WandbConfig = WandbConfig()
 
     def __init__(self, **settings: Any) -> None:
         try:
@@ -289,12 +135,64 @@ class Config(Section):
         """Groups that may be under way at once: (O + 1) B."""
         return (self.staleness.max_staleness + 1) * self.prompt_groups_per_step
 
+    @property
+    def kl_beta(self) -> float:
+        """`loss.kl_beta`, or that of the objective."""
+        if self.loss.kl_beta is not None:
+            return self.loss.kl_beta
+        return GRPO_KL_BETA if self.policy_loss == "grpo" else 0.0
+
+    @property
+    def normalization(self) -> Literal["num_loss_tokens", "num_sequences", "sequence_mean", "none"] | float:
+        """`loss.normalization`, or that of the objective."""
+        if self.loss.normalization != "auto":
+            return self.loss.normalization
+        return "sequence_mean" if self.policy_loss in ("gspo", "gspo_token") else "num_loss_tokens"
+
     @model_validator(mode="after")
     def _can_make_progress(self) -> Config:
+        self._check_loss()
         self._check_staleness()
         self._check_rollouts()
         self._check_sampler()
         return self
+
+    def _check_loss(self) -> None:
+        loss = self.loss
+        if isinstance(self.policy_loss, str) and ":" not in self.policy_loss:
+            name = self.policy_loss
+            if name not in POLICY_LOSS_NAMES:
+                raise ValueError(
+                    f"policy_loss is {name!r}. Expected one of {', '.join(POLICY_LOSS_NAMES)}, or a function from "
+                    "asyncrl.losses.LossInputs to a loss per token."
+                )
+            if name != "grpo" and loss.kl_beta:
+                raise ValueError(
+                    f"loss_config.kl_beta must be 0/unset when method is {name.upper()}: it has no KL term, and the "
+                    f"reference model would be loaded for nothing. Found loss.kl_beta={loss.kl_beta:g}."
+                )
+            for setting, owners in LOSS_SETTING_OWNERS.items():
+                if getattr(loss, setting) and name not in owners:
+                    raise ValueError(
+                        f"loss.{setting} is {getattr(loss, setting):g}, but policy_loss={name!r} has no such setting; "
+                        f"it belongs to {', '.join(owners)}. Leave it out."
+                    )
+            if name == "reinforce" and (loss.tis_level != "token" or loss.tis_icepop or loss.tis_mis):
+                raise ValueError(
+                    "policy_loss='reinforce' corrects by its own ratio to the sampler: loss.tis_level, tis_icepop and "
+                    "tis_mis have no place in it. Leave them out, or use 'importance_sampling'."
+                )
+        elif callable(self.policy_loss) and loss.kl_beta and "kl_beta" not in _parameters(self.policy_loss):
+            raise ValueError(
+                f"loss.kl_beta is {loss.kl_beta:g}, but your policy_loss takes no `kl_beta`: the reference model would "
+                "be loaded for nothing. Give the function that parameter, or leave loss.kl_beta out."
+            )
+        copy = self.trainer.reference_device is not None or self.trainer.reference_dtype != "auto"
+        if copy and self.lora.rank:
+            raise ValueError(
+                "trainer.reference_device and reference_dtype are about the frozen copy of a full fine-tune; with "
+                "lora.rank the reference is the base model with the adapter switched off. Leave them out."
+            )
 
     def _check_staleness(self) -> None:
         batch, budget = self.prompt_groups_per_step, self.budget_groups
@@ -346,38 +244,70 @@ class Config(Section):
                 "adapters only. Set lora.rank, use version_policy='per_turn', or sampler.kind='transformers'."
             )
 
-    @field_serializer("policy_loss", "advantage")
-    def _name_of_function(self, value: Any) -> str:
-        return value if isinstance(value, str) else f"{value.__module__}:{value.__qualname__}"
+    @field_validator("export_name")
+    @classmethod
+    def _is_a_plain_name(cls, name: str) -> str:
+        if not re.fullmatch(r"\w[\w.-]*", name) or name in TAKEN_NAMES:
+            raise ValueError(
+                f"export_name is {name!r}. Expected the plain name of a folder, of letters, digits, '.', '-' and '_', "
+                f"and none of those that a run folder has anyway: {', '.join(sorted(TAKEN_NAMES))}."
+            )
+        return name
+
+    @field_serializer("policy_loss", "advantage", "group_filter")
+    def _name_of_function(self, value: Any) -> str | None:
+        return value if value is None or isinstance(value, str) else f"{value.__module__}:{value.__qualname__}"
 
 
-def explain(error: ValidationError) -> str:
-    """One line per fault: which setting, what was found, what was expected."""
-    lines = []
+def _parameters(function: Callable[..., Any]) -> set[str]:
+    """The names of its parameters; a function that takes any keyword has them all."""
+    import inspect
+
+    parameters = inspect.signature(function).parameters
+    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return set(LOSS_SETTING_OWNERS) if anything else set(parameters)
+
+
+def explain(error: ValidationError, settings: type[BaseModel] | None = None) -> str:
+    """One line per fault: which setting, what was found, what was expected. `settings`: if not those of `Config`."""
+    lines: list[str] = []
+    expected: dict[str, list[str]] = {}  # a setting of several kinds has one fault for each of them
     for fault in error.errors():
-        where = ".".join(str(part) for part in fault["loc"])
+        where = _setting(fault["loc"], settings or Config)
         if fault["type"] == "value_error":
             lines.append(str(fault["ctx"]["error"]))
         elif fault["type"] == "extra_forbidden":
-            lines.append(f"{where}: there is no such setting. {_nearest(where)}")
+            lines.append(f"{where}: there is no such setting. {_nearest(where, settings or Config)}")
         elif fault["type"] == "missing":
             lines.append(f"{where}: this setting is needed.")
         else:
-            lines.append(f"{where}: found {fault['input']!r}. {fault['msg']}.")
+            expected.setdefault(f"{where}: found {fault['input']!r}. ", []).append(fault["msg"])
+    for found, messages in expected.items():
+        first, *others = dict.fromkeys(messages)
+        lines.append(found + "; or ".join([first, *(other[0].lower() + other[1:] for other in others)]) + ".")
     return "\n".join(dict.fromkeys(lines))
 
 
-def _nearest(path: str) -> str:
+def _setting(location: tuple[int | str, ...], settings: type[BaseModel]) -> str:
+    """The dotted name of a setting, without pydantic's word for the kind that was tried."""
+    path = [str(part) for part in location]
+    names = set(_paths(settings))
+    known = next((end for end in range(len(path), 0, -1) if ".".join(path[:end]) in names), len(path))
+    return ".".join(path[:known])
+
+
+def _nearest(path: str, settings: type[BaseModel]) -> str:
     """A hint at the setting that was probably meant, or where the list of all settings is."""
     import difflib
 
-    names = list(_paths(Config))
+    names = list(_paths(settings))
     by_leaf = {name.rsplit(".", 1)[-1]: name for name in names}
     leaf = path.rsplit(".", 1)[-1]
     close = difflib.get_close_matches(path, names, 1, 0.75) or [
         by_leaf[match] for match in difflib.get_close_matches(leaf, list(by_leaf), 1, 0.75)
     ]
-    return f"Did you mean {close[0]!r}?" if close else "docs/configuration.md lists them all."
+    listed = "docs/configuration.md lists them all." if settings is Config else f"There are {', '.join(names)}."
+    return f"Did you mean {close[0]!r}?" if close else listed
 
 
 def _paths(section: type[BaseModel], prefix: str = "") -> list[str]:

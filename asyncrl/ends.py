@@ -12,6 +12,7 @@ from typing import Literal
 
 from asyncrl.config import Config
 from asyncrl.model_facts import ModelFacts
+from asyncrl.saved_adapter import SETTINGS, WEIGHTS, read_adapter
 from asyncrl.types import Sampler, Weights
 
 CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
@@ -82,10 +83,24 @@ async def open_sampler(config: Config, facts: ModelFacts, run_dir: Path) -> Asyn
         yield sampler
 
 
+def split_adapter(config: Config) -> tuple[Config, Path | None]:
+    """`config` with the base model where its model is the folder of an adapter; and the adapter to lay over it.
+
+    Raises:
+        ConfigError: the adapter is one that the samplers cannot reproduce.
+    """
+    folder = Path(config.model)
+    if not (folder / SETTINGS).is_file():
+        return config, config.lora.warm_start
+    saved = read_adapter(folder)
+    lora = config.lora.model_copy(update={"rank": saved.rank, "alpha": saved.alpha})
+    return config.model_copy(update={"model": saved.base, "lora": lora}), folder
+
+
 def adapter_weights(folder: Path, sampler: Sampler) -> Weights:
     """A saved adapter as version 1 of its base model."""
     if sampler.wants == "files":
         return Weights(version=1, adapter=True, folder=folder)
     from safetensors.torch import load_file
 
-    return Weights(version=1, adapter=True, tensors=load_file(folder / "adapter_model.safetensors"))
+    return Weights(version=1, adapter=True, tensors=load_file(folder / WEIGHTS))

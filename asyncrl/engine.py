@@ -220,11 +220,22 @@ class Engine:
             self._enter(f"exporting version {self.step}")
             weights = await self.trainer.save_weights_for_sampler()
         assert weights.version == self.step
-        self._publication = asyncio.create_task(self._hot_load(weights), name=f"asyncrl hot-load of {self.step}")
+        self._publication = asyncio.create_task(self._go_live(weights), name=f"asyncrl hot-load of {self.step}")
         self._publication.add_done_callback(self._publication_ended)
 
-    async def _hot_load(self, weights: Weights) -> None:
+    async def _go_live(self, weights: Weights) -> None:
         began = _now()
+        await self.hot_load(weights)
+        self._times.publish_s += _now() - began
+        self.published = weights.version
+        self.scheduler.published(weights.version)
+
+    async def hot_load(self, weights: Weights) -> None:
+        """Bring `weights` into the sampler, and have the canary look at them.
+
+        Raises:
+            EngineError: it took longer than `publish.timeout_s`, or the canary died.
+        """
         limit = self.settings.publish_timeout_s
         try:
             async with asyncio.timeout(limit):
@@ -236,9 +247,6 @@ class Engine:
                 f"the hot-load of version {weights.version} took longer than publish.timeout_s={limit:g} s. "
                 "The sampler's log may say why; raise the limit if the model is that large."
             ) from None
-        self._times.publish_s += _now() - began
-        self.published = weights.version
-        self.scheduler.published(weights.version)
 
     async def check_canary(self, probe: Probe, version: int) -> None:
         """Sampler and trainer must agree on the log-probs of the probe.
@@ -391,6 +399,7 @@ class Engine:
             "staleness_mean": batch.staleness.mean,
             "staleness_max": batch.staleness.highest,
             "staleness_min": batch.staleness.lowest,
+            **batch.staleness.shares(),
             "stale_masked_tokens": batch.staleness.masked_tokens,
             "stale_requeued": counts.requeued,
             "stale_dropped": counts.stale,

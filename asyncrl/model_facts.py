@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,12 +68,6 @@ def load_tokenizer(model: str) -> Any:
             f"the tokenizer of {model} cannot be loaded: {_first_line(error)} Expected tokenizer.json and "
             "tokenizer_config.json beside the model, as the save_pretrained of a tokenizer writes them."
         ) from None
-
-
-def adapter_base(folder: str) -> dict[str, Any] | None:
-    """The `adapter_config.json` of a folder that holds a LoRA adapter, else None."""
-    path = Path(folder) / "adapter_config.json"
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _stop_tokens(model: str, config: Any) -> tuple[int, ...]:

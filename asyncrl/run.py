@@ -25,7 +25,7 @@ from asyncrl.agents.policy import Policy, PolicyContext
 from asyncrl.assemble import assemble, steps_at_most
 from asyncrl.config import Config
 from asyncrl.data import Rows, load_rows
-from asyncrl.ends import adapter_weights, canary_tolerance, choose_sampler, open_sampler, torch_threads
+from asyncrl.ends import adapter_weights, canary_tolerance, choose_sampler, open_sampler, split_adapter, torch_threads
 from asyncrl.engine import Engine, Record, calm_collector
 from asyncrl.errors import AsyncRLError, ConfigError, EngineError
 from asyncrl.interrupt import Interrupt, run_interruptible
@@ -33,7 +33,8 @@ from asyncrl.metrics.jsonl import JsonlFile
 from asyncrl.metrics.live import LiveView, Mode
 from asyncrl.metrics.report import where_time_went
 from asyncrl.metrics.sinks import open_sinks
-from asyncrl.model_facts import ModelFacts, adapter_base, load_tokenizer, read_facts
+from asyncrl.model_facts import ModelFacts, load_tokenizer, read_facts
+from asyncrl.result import TrainResult
 from asyncrl.rollout.batch import Batch
 from asyncrl.rollout.contract import Contract
 from asyncrl.rollout.evaluation import EvalResult, Evaluator
@@ -47,35 +48,9 @@ EVALUATION_CONCURRENCY = 64
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
 PROBE_TOKENS = 16
 
+__all__ = ["TrainResult", "evaluate", "evaluate_async", "train", "train_async"]
+
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class TrainResult:
-    """How a run ended."""
-
-    run_dir: Path
-    steps: int
-    """Optimizer steps taken."""
-    rollouts: int
-    """Rollouts that ended, retries not counted."""
-    wall_s: float
-    """Training alone: without loading, warm-up and evaluation."""
-    worst_staleness: int
-    """Of any trained token, in optimizer steps."""
-    ledger: dict[str, int]
-    """What became of the prompts: trained, filtered, rejected, pending."""
-    interrupted: bool
-    """A signal ended the run before its time."""
-    before: EvalResult | None = None
-    """Evaluation of the model that the run started from."""
-    after: EvalResult | None = None
-    """Evaluation of the trained model."""
-
-    @property
-    def model_dir(self) -> Path:
-        """The trained model or adapter, as `transformers`, `peft` and vLLM open it."""
-        return self.run_dir / "model"
 
 
 def train(
@@ -172,16 +147,13 @@ async def evaluate_async(
     """`evaluate` for programs that have an event loop."""
     require_rollout(rollout)
     rows = load_rows(_dataset_of(config, dataset))
-    adapter, folder = adapter_base(config.model), Path(config.model)
-    if adapter is not None:
-        lora = config.lora.model_copy(update={"rank": adapter["r"], "alpha": float(adapter["lora_alpha"])})
-        config = config.model_copy(update={"model": adapter["base_model_name_or_path"], "lora": lora})
+    config, adapter = split_adapter(config)
     facts = await asyncio.to_thread(read_facts, config.model, config.max_seq_len)
     logs = Path(config.run_dir or ".") / "evaluation"
     setup = RolloutSetup(config, logs, lambda: load_tokenizer(config.model))
     async with open_sampler(config, facts, logs) as sampler, open_rollout(rollout, setup) as function:
         if adapter is not None:
-            await sampler.publish(adapter_weights(folder, sampler))
+            await sampler.publish(adapter_weights(adapter, sampler))
         context = _policy_context(config, facts, sampler)
         return await _evaluator(config, facts, function, context).run(rows, samples)
 
@@ -221,6 +193,8 @@ class _TrainingRun:
             interrupted=self.interrupt.requested,
             before=before,
             after=after,
+            ended_early=engine.scheduler.patience.lost,
+            export_name=config.export_name,
         )
 
     async def _open_ends(self, stack: AsyncExitStack) -> tuple[Trainer, Sampler]:
@@ -280,7 +254,12 @@ class _TrainingRun:
         )
 
     async def _check_ends_agree(self, engine: Engine, trainer: Trainer) -> None:
-        """The canary of version 0: do sampler and trainer hold the same model at all?"""
+        """The canary of version 0: do sampler and trainer hold the same model at all?
+
+        A warm start is version 0 too: until it is loaded, the sampler holds the bare base model.
+        """
+        if self.config.lora.warm_start is not None:
+            await engine.hot_load(await trainer.save_weights_for_sampler())
         tokens = tuple((7 * i + 3) % self.facts.vocabulary for i in range(PROBE_TOKENS))
         logprobs = (await trainer.forward([tokens]))[0]
         await engine.check_canary(Probe(tokens, tuple(logprobs)), 0)
@@ -326,7 +305,7 @@ class _TrainingRun:
 
     async def _save(self, engine: Engine, trainer: Trainer, *, failed: bool) -> None:
         """The model of the last step. A run that fails before its first one has none that anybody would want."""
-        if failed and not engine.step:
+        if (failed and not engine.step) or not self.config.save_model:
             return
         await trainer.save_model(self.folder.model)
         if failed:
@@ -334,26 +313,12 @@ class _TrainingRun:
 
     def conclude(self, result: TrainResult) -> None:
         """Write the summary, and say how it went and where the time went."""
-        summary = {
-            "steps": result.steps,
-            "rollouts": result.rollouts,
-            "wall_s": round(result.wall_s, 3),
-            "worst_staleness": result.worst_staleness,
-            "interrupted": result.interrupted,
-            "reward_before": result.before.mean if result.before else None,
-            "reward_after": result.after.mean if result.after else None,
-            "ledger": result.ledger,
-        }
-        self.folder.write_summary(summary)
+        self.folder.write_summary(result.summary())
         if self.records:
             self.live.note(where_time_went(self.records))
-        if not result.steps and not result.interrupted:
-            self.live.note(_why_nothing_was_trained(result.ledger))
-        end = "stopped cleanly" if result.interrupted else "finished"
-        self.live.note(
-            f"{end} after {result.steps} steps and {result.rollouts} rollouts in {result.wall_s:.0f} s; "
-            f"model: {result.model_dir}"
-        )
+        if warning := result.why_nothing_was_trained():
+            self.live.note(warning)
+        self.live.note(result.last_words(saved=self.config.save_model))
 
     def conclude_failure(self, error: AsyncRLError) -> None:
         """Leave a summary of a run that failed after it had trained something."""
@@ -362,15 +327,6 @@ class _TrainingRun:
                 self.folder.write_summary(
                     {"steps": self.records[-1]["step"], "error": f"{type(error).__name__}: {error}"}
                 )
-
-
-def _why_nothing_was_trained(ledger: dict[str, int]) -> str:
-    return (
-        f"warning: nothing was trained. Of {ledger['admitted']} groups, {ledger['filtered']} were filtered, because "
-        f"all rollouts of the group had the same reward, and {ledger['rejected']} were rejected, because too few of "
-        "its rollouts gave a sample. Look at the rewards of your rollout function, or start from a model that "
-        "sometimes succeeds."
-    )
 
 
 # Parts

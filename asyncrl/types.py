@@ -116,6 +116,8 @@ class RolloutSample:
     """[N] the weights that drew each token; None: the oldest that this rollout's policy handle used."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """Anything JSON can hold, for the rollout log: messages, the answer, why the reward is what it is."""
+    advantages: Sequence[float] | None = None
+    """[N] one per token, in place of what the group's comparison gives; ignored where `loss_mask` is 0."""
 
     @classmethod
     def from_completion(
@@ -174,8 +176,8 @@ class TrainSequence:
     tokens: Sequence[int]
     behavior_logprobs: Sequence[float]
     loss_mask: Sequence[int]
-    advantage: float
-    """Of the run, on every loss token."""
+    advantage: float | Sequence[float]
+    """Of the run, on every loss token; or one per token."""
     group: int
     """Samples of one group share a prompt."""
 

@@ -4,14 +4,17 @@ import json
 import random
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from asyncrl.demo import main
 from asyncrl.demo.demonstrations import demonstration, misread
-from asyncrl.demo.model import demo_tokenizer, supervised
+from asyncrl.demo.model import demo_tokenizer, lessons
 from asyncrl.demo.task import Problem, calculator, problems
 from asyncrl.errors import ConfigError
+from asyncrl.recipes.chat_rows import supervised_examples
+from asyncrl.recipes.examples import Encoder
 
 PROBLEM = Problem(a=37, b=48, c=6, first="+", second="*")
 
@@ -62,11 +65,26 @@ def test_the_clumsy_agent_is_right_about_half_of_the_time_and_errs_in_each_place
 
 def test_what_is_taught_is_every_turn_of_the_assistant_and_nothing_else() -> None:
     tokenizer = demo_tokenizer()
-    sequence = supervised(tokenizer, demonstration(PROBLEM, random.Random(0), clumsiness=0.0))
-    taught = [token for token, mask in zip(sequence.tokens, sequence.loss_mask, strict=True) if mask]
+    row = {"messages": demonstration(PROBLEM, random.Random(0), clumsiness=0.0)}
+    (example,) = supervised_examples(row, Encoder(tokenizer), "all")
+    taught = [token for token, weight in zip(example.tokens, example.weights, strict=True) if weight]
     call = '<tool_call>\n{{"name": "calculator", "arguments": {{"expression": "{}"}}}}\n</tool_call><|im_end|>'
     assert tokenizer.decode(taught) == call.format("37+48") + call.format("85*6") + "510<|im_end|>"
     assert len(taught) == 8 + 7 + 4  # a call is its expression and three tokens of markup
+
+
+def test_the_lessons_are_clean_first_and_clumsy_later() -> None:
+    rows = lessons(seed=0, steps=10)
+    right = [_is_right(row["messages"]) for row in rows]
+    assert len(rows) == 10 * 64
+    assert all(right[: 7 * 64])
+    assert 0.4 < sum(right[7 * 64 :]) / (3 * 64) < 0.7
+
+
+def _is_right(messages: list[dict[str, Any]]) -> bool:
+    """Whether the last message is what the question comes to."""
+    inner, last = messages[0]["content"].removeprefix("(").split(")")
+    return messages[-1]["content"] == str(eval(f"({inner}){last}"))
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora"]], ids=["full", "lora"])

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, datetime, time
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -18,32 +18,44 @@ from asyncrl.errors import ConfigError
 from asyncrl.storage.folder import OFF
 
 Settings = dict[str, Any]
+Kind = TypeVar("Kind", bound=BaseModel)
+
+PATHS = ("dataset", "evaluation_dataset", "lora.warm_start", "warm_start_from_adapter")
+MODELS = ("model", "base_model")
+"""Also names on the hub: a path begins with `.` or `~`, or is absolute."""
+FUNCTIONS = ("rollout_fn", "policy_loss", "advantage", "group_filter")
+"""`file.py:function`, or a name without a path."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file, lay settings such as `["--staleness.max_staleness", "8", "--seed=3"]` over it, and validate.
 
-    `dataset`, `rollout_fn` and a `model` that begins with `.` are paths relative to the file that names them;
+    Datasets, adapters, `rollout_fn` and a model that begins with `.` are paths relative to the file that names them;
     those on the command line are relative to where the user stands. Raises `ConfigError`.
     """
+    return read_config(Config, path, overrides)
+
+
+def read_config(kind: type[Kind], path: str | Path, overrides: Sequence[str] = ()) -> Kind:
+    """`load_config` for the settings of a recipe."""
     path = Path(path)
     settings = _read(path)
     _anchor(settings, path.absolute().parent)
-    given = parse_overrides(overrides)
+    given = parse_overrides(overrides, kind)
     _anchor(given, Path.cwd())
     _lay_over(settings, given)
     try:
-        return Config(**_without_off(Config, settings))
+        return kind(**_without_off(kind, settings))
     except ConfigError as error:
         source = f"{path} with the settings of the command line" if overrides else str(path)
         raise ConfigError(f"{source} cannot be used:\n{error}") from None
 
 
-def parse_overrides(arguments: Sequence[str]) -> Settings:
+def parse_overrides(arguments: Sequence[str], kind: type[BaseModel] = Config) -> Settings:
     """`--a.b value` and `--a.b=value` -> `{"a": {"b": value}}`. Raises `ConfigError` for anything else."""
     settings: Settings = {}
     for name, text in _pairs(arguments):
-        field = _find(name)
+        field = _find(name, kind)
         _set(settings, name, text if field is None else parse_value(text, field.annotation))
     return settings
 
@@ -82,22 +94,21 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield name.replace("-", "_"), value
 
 
-def _find(name: str) -> FieldInfo | None:
-    """The setting of this dotted name; None where there is none, which `Config` then says better."""
-    model: type[BaseModel] = Config
+def _find(name: str, model: type[BaseModel]) -> FieldInfo | None:
+    """The setting of this dotted name; None where there is none, which `model` then says better."""
     *sections, leaf = name.split(".")
     for section in sections:
         inner = model.model_fields.get(section)
         if inner is None:
             return None
-        if not _is_section(inner.annotation):
+        if (found := _section_in(inner.annotation)) is None:
             raise ConfigError(
                 f"--{name}: {section!r} is a setting, not a section. docs/configuration.md lists them all."
             )
-        model = inner.annotation  # type: ignore[assignment]  # _is_section said so
+        model = found
     field = model.model_fields.get(leaf)
-    if field is not None and _is_section(field.annotation):
-        example = next(iter(field.annotation.model_fields))  # type: ignore[union-attr]  # a section, as above
+    if field is not None and (found := _section_in(field.annotation)) is not None:
+        example = next(iter(found.model_fields))
         raise ConfigError(f"--{name} is a section. Name one of its settings, such as --{name}.{example} VALUE.")
     return field
 
@@ -134,14 +145,26 @@ def _read(path: Path) -> Settings:
 
 def _anchor(settings: Settings, folder: Path) -> None:
     """Make the paths of a config absolute, so that they hold wherever the config as used is read again."""
-    if isinstance(dataset := settings.get("dataset"), str) and dataset != OFF:
-        settings["dataset"] = str((folder / Path(dataset).expanduser()).resolve())
-    if isinstance(model := settings.get("model"), str) and model.startswith((".", "~")):
-        settings["model"] = str((folder / Path(model).expanduser()).resolve())
-    if isinstance(rollout := settings.get("rollout_fn"), str):
-        file, colon, function = rollout.rpartition(":")
-        if colon and file.endswith(".py"):
-            settings["rollout_fn"] = f"{(folder / Path(file).expanduser()).resolve()}:{function}"
+
+    def absolute(path: str) -> str:
+        return str((folder / Path(path).expanduser()).resolve())
+
+    for name in PATHS:
+        *sections, leaf = name.split(".")
+        inner: Any = settings
+        for section in sections:
+            inner = inner.get(section)
+            inner = inner if isinstance(inner, dict) else {}
+        if isinstance(path := inner.get(leaf), str) and path != OFF:
+            inner[leaf] = absolute(path)
+    for name in MODELS:
+        if isinstance(model := settings.get(name), str) and model.startswith((".", "~")):
+            settings[name] = absolute(model)
+    for name in FUNCTIONS:
+        if isinstance(reference := settings.get(name), str):
+            file, colon, function = reference.rpartition(":")
+            if colon and file.endswith(".py"):
+                settings[name] = f"{absolute(file)}:{function}"
 
 
 def _without_off(section: type[BaseModel], settings: Mapping[str, Any]) -> Settings:
@@ -149,8 +172,9 @@ def _without_off(section: type[BaseModel], settings: Mapping[str, Any]) -> Setti
     read: Settings = {}
     for name, value in settings.items():
         field = section.model_fields.get(name)
-        if field is not None and _is_section(field.annotation) and isinstance(value, dict):
-            read[name] = _without_off(field.annotation, value)  # type: ignore[arg-type]  # a section
+        inner = None if field is None else _section_in(field.annotation)
+        if inner is not None and isinstance(value, dict):
+            read[name] = _without_off(inner, value)
         elif field is not None and value == OFF and NoneType in _kinds(field.annotation):
             read[name] = None
         else:
@@ -180,5 +204,9 @@ def _kinds(annotation: Any) -> Iterator[Any]:
             yield from _kinds(inner)
 
 
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section of an annotation: `WandbConfig | None` has one. `engine` of a recipe is a part of `Config`."""
+    if get_origin(annotation) is Mapping:
+        return Config
+    sections = (kind for kind in _kinds(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return next(sections, None)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -41,7 +41,7 @@ max_staleness = 8
 stand. TOML has no null: `none` stands for it, in the file and on the command line (`--loss.tis_cap none`).
 `config.toml` in the run folder holds the settings as they were used.
 
-<!-- Made by `python -m asyncrl.cli.docs` from asyncrl/config.py: change it there. -->
+<!-- Made by `python -m asyncrl.cli.docs` from asyncrl/config.py and sections.py: change it there. -->
 """
 
 PAGES = {"configuration.md": lambda: configuration_page(), "metrics.md": metrics_page}
@@ -124,6 +124,8 @@ def _limits(metadata: list[Any]) -> Iterator[str]:
             yield f"≥ {limit.ge}"
         elif isinstance(limit, Le):
             yield f"≤ {limit.le}"
+        elif isinstance(limit, Lt):
+            yield f"< {limit.lt}"
 
 
 if __name__ == "__main__":

@@ -22,9 +22,8 @@ def evaluate(target: str, dataset: str | None, samples: int, overrides: Sequence
     given = ["--dataset", dataset] if dataset is not None else []
     path = Path(target)
     if path.is_dir():
-        folder = RunFolder(path.absolute())
-        given += ["--model", str(_final_model(folder))]
-        path = folder.config
+        given += ["--model", str(_final_model(path.absolute()))]
+        path = RunFolder(path.absolute()).config
     config = load_config(path, [*given, *overrides])
     rows = require_dataset(config)
     rollout = load_rollout(config.rollout_fn, path.parent)
@@ -35,9 +34,10 @@ def evaluate(target: str, dataset: str | None, samples: int, overrides: Sequence
     return 0
 
 
-def _final_model(folder: RunFolder) -> Path:
-    if not folder.config.is_file():
-        raise ConfigError(f"{folder.root} is not a run folder: it has no config.toml.")
+def _final_model(root: Path) -> Path:
+    if not RunFolder(root).config.is_file():
+        raise ConfigError(f"{root} is not a run folder: it has no config.toml.")
+    folder = RunFolder(root, load_config(root / "config.toml").export_name)
     if not folder.model.is_dir():
         raise ConfigError(
             f"{folder.root} has no final model: the run did not end, or is not over yet. "

@@ -11,6 +11,12 @@ from asyncrl.errors import AsyncRLError, UserError
 USER_ERROR, ENGINE_ERROR, INTERRUPTED = 2, 1, 130
 """Exit codes: something the user wrote; the run could not go on; Ctrl-C (128 + SIGINT)."""
 
+RECIPES = {
+    "sft": "Train on conversations or texts as they are.",
+    "dpo": "Train on pairs of answers, against a reference model.",
+    "orpo": "Train on pairs of answers, without a reference model.",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
@@ -46,9 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(
-        name: str, about: str, takes_settings: bool = False, usage: str | None = None
+        name: str, about: str, takes_settings: bool = False, usage: str | None = None, page: str = "configuration"
     ) -> argparse.ArgumentParser:
-        epilog = "Any setting of docs/configuration.md may follow: --section.field VALUE" if takes_settings else None
+        epilog = f"Any setting of docs/{page}.md may follow: --section.field VALUE" if takes_settings else None
         made = commands.add_parser(
             name, help=about, description=about, parents=[common], allow_abbrev=False, epilog=epilog, usage=usage
         )
@@ -59,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         "train", "Train as a config file says.", True, "asyncrl train CONFIG.toml [--section.field VALUE ...]"
     )
     train.add_argument("config", metavar="CONFIG.toml")
+    for name, about in RECIPES.items():
+        recipe = command(name, about, True, f"asyncrl {name} CONFIG.toml [--field VALUE ...]", page="supervised")
+        recipe.add_argument("config", metavar="CONFIG.toml")
     demo = command("demo", "Train a tiny tool-using agent on this machine, start to end.")
     demo.add_argument("--sampler", choices=("auto", "transformers", "vllm"), default="auto")
     demo.add_argument("--seed", type=int, default=0)
@@ -78,6 +87,12 @@ def _train(arguments: argparse.Namespace) -> int:
     from asyncrl.cli.train import train
 
     return train(arguments.config, arguments.rest)
+
+
+def _recipe(arguments: argparse.Namespace) -> int:
+    from asyncrl.cli.recipes import run_recipe
+
+    return run_recipe(arguments.command, arguments.config, arguments.rest)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -109,4 +124,11 @@ def _version(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_RUN = {"train": _train, "demo": _demo, "eval": _eval, "doctor": _doctor, "version": _version}
+_RUN = {
+    "train": _train,
+    **dict.fromkeys(RECIPES, _recipe),
+    "demo": _demo,
+    "eval": _eval,
+    "doctor": _doctor,
+    "version": _version,
+}

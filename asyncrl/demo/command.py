@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
@@ -32,6 +32,8 @@ from asyncrl.storage.folder import RunFolder
 if TYPE_CHECKING:
     from asyncrl.run import TrainResult
 
+SamplerKind = Literal["auto", "transformers", "vllm"]
+
 STEPS = 80
 """Enough for all but the last few mistakes, in less than a minute on two cores."""
 
@@ -46,21 +48,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = make_model(folder.root, seed=options.seed, steps=options.warm_steps)
     result = asyncrl.train(
         rollout,
-        dataset=_rows(options.seed, options.train_rows, held_out=False),
-        config=demo_config(model, folder.root, options),
-        evaluation=_rows(options.seed, options.held_out_rows, held_out=True),
+        dataset=demo_rows(options.seed, options.train_rows, held_out=False),
+        config=demo_config(
+            model, folder.root, seed=options.seed, steps=options.steps, lora=options.lora, sampler=options.sampler
+        ),
+        evaluation=demo_rows(options.seed, options.held_out_rows, held_out=True),
     )
     _conclude(folder, result, time.monotonic() - began)
     return 0
 
 
-def demo_config(model: Path, run_dir: Path, options: argparse.Namespace) -> Config:
+def demo_config(
+    model: Path, run_dir: Path, *, seed: int, steps: int, lora: bool = False, sampler: SamplerKind = "auto"
+) -> Config:
     """Every setting that is not a default."""
     return Config(
         model=str(model),
         run_dir=run_dir,
-        seed=options.seed,
-        max_steps=options.steps,
+        seed=seed,
+        max_steps=steps,
         completions_per_prompt=8,
         prompt_groups_per_step=16,
         on_filtered="drop",  # once nearly all groups are all right, filling their places would take ever longer
@@ -69,9 +75,9 @@ def demo_config(model: Path, run_dir: Path, options: argparse.Namespace) -> Conf
         staleness=StalenessConfig(max_staleness=2),
         concurrency=ConcurrencyConfig(initial_window=64),
         loss=LossConfig(kl_beta=0.0),
-        optimizer=OptimizerConfig(learning_rate=3e-3 if options.lora else 3e-4, schedule="linear", warmup_steps=3),
-        lora=LoraConfig(rank=8 if options.lora else 0, alpha=16.0),
-        sampler=SamplerConfig(kind=options.sampler),
+        optimizer=OptimizerConfig(learning_rate=3e-3 if lora else 3e-4, schedule="linear", warmup_steps=3),
+        lora=LoraConfig(rank=8 if lora else 0, alpha=16.0),
+        sampler=SamplerConfig(kind=sampler),
     )
 
 
@@ -87,7 +93,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _rows(seed: int, count: int, *, held_out: bool) -> list[dict[str, Any]]:
+def demo_rows(seed: int, count: int, *, held_out: bool) -> list[dict[str, Any]]:
+    """Problems as dataset rows; held-out ones share no pair of first operands with the others."""
     return [problem.row for problem in islice(problems(seed, held_out=held_out), count)]
 
 

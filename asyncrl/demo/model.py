@@ -9,15 +9,13 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from asyncrl.config import Config, LossConfig, OptimizerConfig
 from asyncrl.demo.demonstrations import demonstration
 from asyncrl.demo.task import calculator, problems
+from asyncrl.recipes import sft_loop
 from asyncrl.testing.models import tiny_model, tiny_tokenizer
-from asyncrl.types import TrainSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -57,35 +55,36 @@ def make_model(folder: Path, *, seed: int, steps: int = WARM_STEPS) -> Path:
     First it learns the task well, then from the clumsy agent. Learning to copy numbers takes a transformer of this
     size most of the time, and does not succeed where half of what it sees is copied from the wrong place.
     """
-    from rich.progress import track
-    from transformers.utils import logging as transformers_logging
-
-    from asyncrl.losses import cross_entropy
-    from asyncrl.training.trainer import TorchTrainer
-
-    transformers_logging.disable_progress_bar()
-    rng = random.Random(seed)
-    shown = problems(seed, held_out=False)
-    tokenizer = demo_tokenizer()
-    blank = tiny_model(
-        folder / "blank-model", kind="qwen3", hidden=128, layers=3, max_seq_len=256, seed=seed, tokenizer=tokenizer
-    )
-    config = Config(
-        model=str(blank),
+    blank, warm_start, start = folder / "blank-model", folder / "warm-start", folder / "start-model"
+    for leftover in (warm_start, start):  # of a demo that was stopped here
+        shutil.rmtree(leftover, ignore_errors=True)
+    tiny_model(blank, kind="qwen3", hidden=128, layers=3, max_seq_len=256, seed=seed, tokenizer=demo_tokenizer())
+    config = sft_loop.Config(
+        log_path=warm_start,
+        base_model=str(blank),
+        learning_rate=2e-3,
+        lr_scheduler="cosine",
+        warmup_steps=20,
+        weight_decay=0.01,
+        batch_size=WARM_BATCH,
+        shuffle=False,
         seed=seed,
-        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=20, weight_decay=0.01),
-        loss=LossConfig(kl_beta=0.0),
     )
-    trainer = TorchTrainer(config, total_steps=steps, weights_format="tensors")
     with torch_threads(1):  # so small a model gains little from a second one, and loses much on a busy machine
-        for step in track(range(steps), "making a clumsy agent"):
-            clumsiness = float(step >= CLEAN_SHARE * steps)
-            talks = [demonstration(problem, rng, clumsiness) for problem in islice(shown, WARM_BATCH)]
-            trainer.forward_backward_custom([supervised(tokenizer, talk) for talk in talks], cross_entropy)
-            trainer.optim_step()
-    trainer.save_model(folder / "start-model")
+        result = sft_loop.main(config, lessons(seed, steps), view="bar", title="making a clumsy agent")
+    result.model_dir.rename(start)
+    shutil.rmtree(warm_start)
     shutil.rmtree(blank)
-    return folder / "start-model"
+    return start
+
+
+def lessons(seed: int, steps: int) -> list[dict[str, Any]]:
+    """The rows of the warm start, in the order in which they are shown."""
+    rng, shown = random.Random(seed), problems(seed, held_out=False)
+    clumsiness = [float(step >= CLEAN_SHARE * steps) for step in range(steps) for _ in range(WARM_BATCH)]
+    return [
+        {"messages": demonstration(problem, rng, clumsy)} for problem, clumsy in zip(shown, clumsiness, strict=False)
+    ]
 
 
 @contextmanager
@@ -99,15 +98,3 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def supervised(tokenizer: Any, messages: list[dict[str, Any]]) -> TrainSequence:
-    """A conversation whose assistant turns are trained, each with the token that ends it."""
-    ids: list[int] = tokenizer.apply_chat_template(messages, return_dict=False)
-    speaker, end = tokenizer.convert_tokens_to_ids(["<|im_start|>assistant\n", "<|im_end|>"])
-    mask: list[int] = []
-    speaking = 0
-    for token in ids:
-        mask.append(speaking)
-        speaking = 1 if token == speaker else 0 if token == end else speaking
-    return TrainSequence(ids, [0.0] * len(ids), mask, advantage=1.0, group=0)

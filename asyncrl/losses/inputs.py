@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class LossInputs:
     """True (or 1) on tokens to train. What the other fields hold elsewhere does not matter, NaN included."""
     sequence_ids: Tensor
     """int64: which sequence the token belongs to, 0 to S - 1."""
+    group_ids: Tensor | None = None
+    """int64: which group the token's sequence belongs to (one prompt, one preference pair), from 0."""
 
     def cleaned(self) -> LossInputs:
         """The same with zeros behind the mask, so that nothing there reaches a value or a gradient."""
@@ -34,14 +36,14 @@ class LossInputs:
         def clean(values: Tensor) -> Tensor:
             return values.masked_fill(hidden, 0.0)
 
-        return LossInputs(
+        return replace(
+            self,
             logprobs=clean(self.logprobs),
             old_logprobs=clean(self.old_logprobs),
             behavior_logprobs=clean(self.behavior_logprobs),
             ref_logprobs=None if self.ref_logprobs is None else clean(self.ref_logprobs),
             advantages=clean(self.advantages),
             loss_mask=mask,
-            sequence_ids=self.sequence_ids,
         )
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from asyncrl.losses.inputs import LossInputs
-from asyncrl.losses.ratios import TIS, importance_ratio, k3, raw_tis_weights, tis_weights
+from asyncrl.losses.ratios import TIS, importance_ratio, k3, sequence_ratio, tis_cut, tis_weights
+from asyncrl.losses.registry import Clip
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +44,7 @@ class MetricSums:
 
 
 @torch.no_grad()
-def metric_sums(
-    inputs: LossInputs,
-    *,
-    eps_low: float,
-    eps_high: float | None = None,
-    tis: TIS | None = None,
-    entropy: Tensor | None = None,
-) -> MetricSums:
+def metric_sums(inputs: LossInputs, *, clip: Clip, tis: TIS | None = None, entropy: Tensor | None = None) -> MetricSums:
     """Sums of one microbatch; `entropy` is [N] where it is known.
 
     ppo_kl, ref_kld, behavior_kl: k3 between policy and anchor, policy and reference, anchor and sampler.
@@ -60,18 +54,17 @@ def metric_sums(
     inputs = inputs.cleaned()
     mask, advantages = inputs.loss_mask, inputs.advantages
     ratio = importance_ratio(inputs)  # [N]
-    raw = raw_tis_weights(inputs, "token" if tis is None else tis.level)  # [N]
+    clipped = sequence_ratio(inputs) if clip.ratio == "sequence" else ratio
     weights = tis_weights(inputs, tis)  # [N]
-    high = 1 + (eps_low if eps_high is None else eps_high)
     values = {
         "ppo_kl": k3(inputs.old_logprobs, inputs.logprobs, mask),
         "behavior_kl": k3(inputs.behavior_logprobs, inputs.old_logprobs, mask),
-        "clip_frac_low": (ratio < 1 - eps_low) & (advantages < 0),
-        "clip_frac_high": (ratio > high) & (advantages > 0),
+        "clip_frac_low": (clipped < clip.low) & ((advantages < 0) | (not clip.pessimistic)),
+        "clip_frac_high": (clipped > clip.high) & ((advantages > 0) | (not clip.pessimistic)),
         "ratio_mean": ratio,
         "tis_weight_mean": weights,
         "tis_weight_square": weights.square(),
-        "tis_clip_frac": weights != raw if tis is not None else torch.zeros_like(mask),
+        "tis_clip_frac": torch.zeros_like(mask) if tis is None else tis_cut(inputs, tis, weights),
     }
     if inputs.ref_logprobs is not None:
         values["ref_kld"] = k3(inputs.logprobs, inputs.ref_logprobs, mask)

@@ -27,7 +27,7 @@ class TIS:
     """
 
     cap: float | None = 5.0
-    """Largest weight. None: no upper bound, which leaves only `icepop` and `mis`."""
+    """Largest weight. None: every weight is 1, and only `icepop` and `mis` are at work."""
     level: Literal["token", "sequence"] = "token"
     """`sequence`: the geometric mean over the sequence's loss tokens, for each of its tokens."""
     icepop: float | None = None
@@ -62,6 +62,16 @@ def importance_ratio(inputs: LossInputs) -> Tensor:
     return log_ratio(inputs.logprobs, inputs.old_logprobs, inputs.loss_mask).exp()
 
 
+def sequence_ratio(inputs: LossInputs) -> Tensor:
+    """s, the geometric mean of r over a sequence's loss tokens, given to each of them, with gradient. [N]
+
+    1 behind the mask. arXiv:2507.18071, eq. 7.
+    """
+    difference = torch.where(inputs.loss_mask, inputs.logprobs - inputs.old_logprobs, 0.0)  # [N]
+    means = torch.where(inputs.loss_mask, sequence_means(difference, inputs), 0.0)
+    return means.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
 def k3(log_p: Tensor, log_q: Tensor, mask: Tensor) -> Tensor:
     """An estimate of KL(p || q) from tokens drawn from p: exp(q - p) - (q - p) - 1 >= 0. [N]
 
@@ -84,7 +94,7 @@ def tis_weights(inputs: LossInputs, tis: TIS | None) -> Tensor:
     if tis is None:
         return torch.ones_like(inputs.logprobs, requires_grad=False)
     raw = raw_tis_weights(inputs, tis.level)  # [N]
-    weights = raw if tis.cap is None else raw.clamp(max=tis.cap)
+    weights = torch.ones_like(raw) if tis.cap is None else raw.clamp(max=tis.cap)
     if tis.icepop is not None:
         weights = torch.where((raw >= 1 / tis.icepop) & (raw <= tis.icepop), weights, 0.0)
     if tis.mis is not None:
@@ -92,3 +102,10 @@ def tis_weights(inputs: LossInputs, tis: TIS | None) -> Tensor:
         mean = raw_tis_weights(inputs, "sequence")
         weights = torch.where((mean >= low) & (mean <= high), weights, 0.0)
     return weights
+
+
+def tis_cut(inputs: LossInputs, tis: TIS, weights: Tensor) -> Tensor:
+    """Where the cap or a filter has changed a weight: bool [N]. `weights` are those of `tis_weights`."""
+    if tis.cap is None:
+        return weights == 0
+    return weights != raw_tis_weights(inputs, tis.level)

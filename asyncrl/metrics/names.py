@@ -60,11 +60,18 @@ METRICS: tuple[Metric, ...] = (
     Metric("staleness_max", "staleness", "steps", "Oldest loss token. Never above `staleness.max_staleness` under "
            "`wait`."),
     Metric("staleness_min", "staleness", "steps", "Youngest loss token."),
+    *(Metric(f"staleness_share_{end}", "staleness", "1", f"Share of the loss tokens with a staleness of {what}.")
+      for end, what in (("0", "0"), ("1", "1"), ("2", "2"), ("4", "3 to 4"), ("8", "5 to 8"), ("16", "9 to 16"),
+                        ("more", "more than 16"))),
     Metric("stale_masked_tokens", "staleness", "tokens", 'Taken out of the loss by `on_stale = "mask"`.'),
     Metric("stale_requeued", "staleness", "groups", 'Rolled out again by `on_stale = "requeue"`.'),
     Metric("stale_dropped", "staleness", "groups", 'Thrown away by `on_stale = "drop"`.'),
     Metric("tokens_generated", "speed", "tokens", "Drawn by the sampler."),
-    Metric("train_tokens", "speed", "tokens", "That went through the trainer, prompts and tool answers included."),
+    Metric("train_tokens", "speed", "tokens", "In the sequences that were trained, prompts and tool answers included."),
+    Metric("row_tokens", "speed", "tokens", "That the model computed: of `train_tokens` those that sequences share "
+           "once, and none after the last prediction."),
+    Metric("shared_tokens", "speed", "tokens", "That were not computed again, because another sequence of the group "
+           "had brought them."),
     Metric("loss_tokens", "speed", "tokens", "Those of `train_tokens` that carry loss."),
     Metric("sequences", "speed", "samples", "That went through the trainer."),
     Metric("microbatches", "speed", "microbatches", "Forward and backward passes of the step."),
@@ -73,6 +80,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("wait_s", "time", "s", "The trainer had no batch: it waited for rollouts."),
     Metric("train_s", "time", "s", "Forward, backward and the optimizer step."),
     Metric("forward_s", "time", "s", "The part of `train_s` in forward passes."),
+    Metric("reference_s", "time", "s", "The part of `forward_s` in the reference model."),
     Metric("backward_s", "time", "s", "The part of `train_s` in backward passes."),
     Metric("optimizer_s", "time", "s", "The part of `train_s` in the optimizer step."),
     Metric("publish_s", "time", "s", "The last finished hot-load, from the optimizer step to live in the sampler. It "

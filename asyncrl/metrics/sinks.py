@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from asyncrl.config import Config
+from asyncrl.config import Config, WandbConfig
 from asyncrl.errors import ConfigError
 from asyncrl.metrics.jsonl import JsonlFile
 from asyncrl.metrics.names import StepRecord
@@ -46,13 +46,14 @@ class JsonlSink:
 
 
 class WandbSink:
-    """Weights & Biases. Its own variables rule: `WANDB_PROJECT`, `WANDB_ENTITY`, `WANDB_MODE=offline`, ..."""
+    """Weights & Biases. What `where` leaves open its own variables say: `WANDB_PROJECT`, `WANDB_MODE=offline`, ..."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], where: WandbConfig) -> None:
         wandb = _tracker("wandb", "wandb")
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "asyncrl"),
-            name=folder.name,
+            entity=where.entity,
+            project=where.project or os.environ.get("WANDB_PROJECT", "asyncrl"),
+            name=where.run_name or folder.name,
             dir=folder,
             config=dict(settings),
             settings=wandb.Settings(console="off"),  # its capture of the terminal and the live view would fight
@@ -127,17 +128,17 @@ def open_sinks(trackers: Sequence[str], folder: Path, config: Config) -> SinkLis
     with ExitStack() as opened:
         sinks: list[MetricSink] = []
         for name in dict.fromkeys(trackers):
-            sinks.append(_open_tracker(name, folder, settings))
+            sinks.append(_open_tracker(name, folder, settings, config.wandb))
             opened.callback(sinks[-1].close)
         sinks.append(JsonlSink(folder))
         opened.pop_all()
     return SinkList(sinks)
 
 
-def _open_tracker(name: str, folder: Path, settings: Mapping[str, Any]) -> MetricSink:
+def _open_tracker(name: str, folder: Path, settings: Mapping[str, Any], where: WandbConfig) -> MetricSink:
     match name:
         case "wandb":
-            return WandbSink(folder, settings)
+            return WandbSink(folder, settings, where)
         case "tensorboard":
             return TensorBoardSink(folder)
         case "trackio":

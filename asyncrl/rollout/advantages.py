@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 from asyncrl.errors import ConfigError
+from asyncrl.functions import is_reference, load_function
+from asyncrl.rollout.failures import users_traceback
 
+T = TypeVar("T")
 Advantage = Callable[[list[float]], list[float]]
 
 
@@ -49,12 +53,14 @@ def advantage_function(choice: str | Advantage) -> Advantage:
         ConfigError: an unknown name; or later, when the user's function returns something unusable.
     """
     if isinstance(choice, str):
-        if choice not in ADVANTAGES:
+        if choice in ADVANTAGES:
+            return ADVANTAGES[choice]
+        if not is_reference(choice):
             raise ConfigError(f"advantage is {choice!r}. Expected one of {', '.join(ADVANTAGES)}, or a function.")
-        return ADVANTAGES[choice]
+        choice = load_function(choice, "advantage")
 
     def checked(rewards: list[float]) -> list[float]:
-        advantages = [float(advantage) for advantage in choice(rewards)]
+        advantages = ask("advantage", lambda: [float(advantage) for advantage in choice(list(rewards))], rewards)
         if len(advantages) != len(rewards) or not all(map(math.isfinite, advantages)):
             raise ConfigError(
                 f"the advantage function returned {advantages} for the rewards {rewards}. "
@@ -63,6 +69,20 @@ def advantage_function(choice: str | Advantage) -> Advantage:
         return advantages
 
     return checked
+
+
+def ask(setting: str, call: Callable[[], T], rewards: list[float]) -> T:
+    """What the user's function of that setting says.
+
+    Raises:
+        ConfigError: it failed; with its traceback.
+    """
+    try:
+        return call()
+    except Exception as error:  # whatever it is, it is that function's, and ends the run under its name
+        raise ConfigError(
+            f"the function of `{setting}` failed for the rewards {rewards}:\n{users_traceback(error)}"
+        ) from error
 
 
 def has_signal(rewards: list[float]) -> bool:

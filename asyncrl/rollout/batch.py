@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import compress
@@ -21,6 +23,10 @@ def loss_versions(sample: RolloutSample) -> list[int]:
     return list(compress(sample.versions, sample.loss_mask))
 
 
+STALENESS_BUCKETS = (0, 1, 2, 4, 8, 16)
+"""Upper ends of the histogram's buckets, in optimizer steps; a last one takes what is older."""
+
+
 @dataclass(slots=True)
 class StalenessStats:
     """Staleness of the loss tokens of one batch, in optimizer steps."""
@@ -30,9 +36,14 @@ class StalenessStats:
     highest: int = 0
     lowest: int = 0
     masked_tokens: int = 0
+    histogram: list[int] = field(default_factory=lambda: [0] * (len(STALENESS_BUCKETS) + 1))
+    """Tokens in each bucket."""
 
     def add(self, step: int, versions: list[int]) -> None:
         oldest, newest = step - min(versions), step - max(versions)
+        counts = {newest: len(versions)} if oldest == newest else Counter(step - version for version in versions)
+        for staleness, count in counts.items():
+            self.histogram[bisect_left(STALENESS_BUCKETS, staleness)] += count
         self.highest = max(self.highest, oldest) if self.tokens else oldest
         self.lowest = min(self.lowest, newest) if self.tokens else newest
         self.tokens += len(versions)
@@ -41,6 +52,11 @@ class StalenessStats:
     @property
     def mean(self) -> float:
         return self.total / self.tokens if self.tokens else 0.0
+
+    def shares(self) -> dict[str, float]:
+        """The share of the tokens in each bucket, as metrics."""
+        names = [f"staleness_share_{end}" for end in STALENESS_BUCKETS] + ["staleness_share_more"]
+        return {name: count / max(self.tokens, 1) for name, count in zip(names, self.histogram, strict=True)}
 
 
 @dataclass(slots=True)
@@ -98,4 +114,5 @@ class Batch:
                         f"over the bound of {self.max_staleness}"
                     )
                 self.staleness.add(self.step, versions)
-                yield TrainSequence(sample.tokens, sample.logprobs, mask, advantage, group.sequence)
+                own = advantage if sample.advantages is None else sample.advantages
+                yield TrainSequence(sample.tokens, sample.logprobs, mask, own, group.sequence)

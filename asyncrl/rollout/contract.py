@@ -71,7 +71,15 @@ class Contract:
             versions = _numbers("versions", sample.versions, operator.index)
             _check_lengths(len(tokens), versions=versions)
             _check_versions(versions, mask, oldest, newest)
-        return replace(sample, tokens=tokens, logprobs=logprobs, loss_mask=mask, reward=reward, versions=versions)
+        return replace(
+            sample,
+            tokens=tokens,
+            logprobs=logprobs,
+            loss_mask=mask,
+            reward=reward,
+            versions=versions,
+            advantages=None if sample.advantages is None else _advantages(sample.advantages, mask),
+        )
 
     def _check_tokens(self, tokens: list[int]) -> None:
         if not tokens:
@@ -148,6 +156,20 @@ def _check_logprobs(logprobs: list[float], mask: list[int]) -> None:
         f"logprobs[{bad}] is {logprobs[bad]} on a token that shall be trained. Expected the natural log of its "
         "probability under the weights that drew it: finite, at most 0."
     )
+
+
+def _advantages(values: Sequence[Any], mask: list[int]) -> list[float]:
+    """[N] 0 where nothing is trained, so that nothing strange goes further."""
+    advantages = _numbers("advantages", values, float)
+    _check_lengths(len(mask), advantages=advantages)
+    if not math.isfinite(sum(compress(advantages, mask))):
+        for place, (advantage, trained) in enumerate(zip(advantages, mask, strict=True)):
+            if trained and not math.isfinite(advantage):
+                raise RolloutContractError(
+                    f"advantages[{place}] is {advantage} on a token that shall be trained. Expected a finite number. "
+                    "Leave `advantages` out to have the group's rewards compared."
+                )
+    return [advantage if trained else 0.0 for advantage, trained in zip(advantages, mask, strict=True)]
 
 
 def _check_versions(versions: list[int], mask: list[int], oldest: int, newest: int) -> None:

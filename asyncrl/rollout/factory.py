@@ -12,9 +12,9 @@ A factory takes one argument called `setup`. It gives the rollout function, or a
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ class RolloutSetup:
     config: Config
     run_dir: Path
     load_tokenizer: Callable[[], Any]
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    """What the program that starts the run has for its factory: clients, paths, a judge."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -46,6 +48,15 @@ def is_async(function: object) -> bool:
 def is_factory(function: Any) -> bool:
     """A function, sync or a context manager, with an argument called `setup`."""
     return not is_async(function) and "setup" in inspect.signature(function).parameters
+
+
+def with_extras(factory: Callable[[RolloutSetup], Any], extras: Mapping[str, Any]) -> Callable[[RolloutSetup], Any]:
+    """The same factory; its setup carries `extras`."""
+
+    def make_rollout(setup: RolloutSetup) -> Any:
+        return factory(replace(setup, extras={**setup.extras, **extras}))
+
+    return make_rollout
 
 
 def require_rollout(function: Any) -> None:

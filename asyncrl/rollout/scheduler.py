@@ -23,11 +23,11 @@ from typing import Any
 import structlog
 
 from asyncrl.data import Prompt, PromptStream
-from asyncrl.errors import BreakerOpen, RolloutContractError, RolloutFailed, RolloutTimeout
-from asyncrl.rollout.advantages import Advantage, has_signal
+from asyncrl.errors import BreakerOpen, RolloutContractError, RolloutFailed, RolloutTimeout, UserError
 from asyncrl.rollout.concurrency import ConcurrencyController
 from asyncrl.rollout.contract import Contract
 from asyncrl.rollout.failures import Breaker, FailurePolicy, Verdict, is_ours, users_traceback
+from asyncrl.rollout.grading import Grader, SignalPatience
 from asyncrl.rollout.group import Member, OpenGroup
 from asyncrl.rollout.queue import GroupQueue
 from asyncrl.rollout.staleness import StalenessBudget
@@ -91,7 +91,8 @@ class Scheduler:
     ledger: Ledger
     contract: Contract
     failures: FailurePolicy
-    advantage: Advantage
+    grader: Grader
+    patience: SignalPatience
     settings: RolloutSettings
     live_version: Callable[[], int]
 
@@ -151,6 +152,11 @@ class Scheduler:
         counts, self.counts = self.counts, Counts()
         return counts
 
+    @property
+    def _drained(self) -> bool:
+        """No prompt will be begun any more: the data is at its end, or gives no signal."""
+        return self.stream.exhausted or self.patience.lost is not None
+
     # What wakes it
 
     def pump(self) -> None:
@@ -194,7 +200,7 @@ class Scheduler:
     # Groups
 
     def _can_admit(self) -> bool:
-        return not self.stream.exhausted and self.budget.can_admit()
+        return not self._drained and self.budget.can_admit()
 
     def _admit(self) -> None:
         draw = self.stream.draw()
@@ -232,15 +238,15 @@ class Scheduler:
             self._leave(sequence)
             return
         runs = [group.runs[index] for index in sorted(group.runs)]
-        rewards = [run.reward for run in runs]
-        signal = has_signal(rewards) or self.settings.group_size == 1
-        if not signal:
+        advantages = self.grader.grade(runs)
+        if reason := self.patience.finished(bool(advantages)):
+            log.warning("no further prompt is begun", reason=reason)
+        if not advantages:
             self.counts.filtered += 1
             if not self.settings.keep_filtered:
                 self.ledger.filtered(key)
                 self._leave(sequence)
                 return
-        advantages = self.advantage(rewards) if signal else []
         self.queue.finished(
             Group(
                 sequence=sequence,
@@ -259,7 +265,7 @@ class Scheduler:
         self.queue.gone(sequence)
 
     def _close_if_done(self) -> None:
-        if self.stream.exhausted and not self._open:
+        if self._drained and not self._open:
             self.queue.close()
 
     # Members
@@ -405,7 +411,10 @@ class Scheduler:
         log.warning("a rollout ignores its cancellation and is left behind", rollout=repr(member))
         member.abandoned = True
         self.counts.lost += 1
-        self._end(member, None)
+        try:
+            self._end(member, None)
+        except UserError as error:  # of the user's advantage or filter: the sweeper must not die of it
+            self._fail(error)
 
 
 def _first(members: dict[asyncio.Task[None], Member]) -> Member | None:

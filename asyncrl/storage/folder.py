@@ -5,7 +5,7 @@ environment.json   machine, versions, git commit, command line
 metrics.jsonl      one record per optimizer step (docs/metrics.md)
 rollouts.jsonl     some rollouts of each step, readable
 logs/              asyncrl.jsonl, and the log of each server
-model/             the final model or adapter
+model/             the final model or adapter (`export_name`)
 summary.json       how it ended
 """
 
@@ -36,6 +36,7 @@ class RunFolder:
     """The paths of one run. Only the user who started it can read what it creates."""
 
     root: Path
+    export_name: str = "model"
 
     @property
     def config(self) -> Path:
@@ -65,19 +66,20 @@ class RunFolder:
     @property
     def model(self) -> Path:
         """A folder, as `transformers`, `peft` and vLLM open it."""
-        return self.root / "model"
+        return self.root / self.export_name
 
     @property
     def summary(self) -> Path:
         return self.root / "summary.json"
 
     @classmethod
-    def create(cls, config: Config) -> RunFolder:
+    def create(cls, config: Config, settings: BaseModel | None = None) -> RunFolder:
         """Make the folder of `config.run_dir`, or `runs/<UTC time>-<4 hex>`, and write what is known at the start.
 
+        `settings` go into config.toml where they are not `config` itself, but a recipe's that it was made from.
         Raises `ConfigError` when the folder already holds a run, or cannot be made.
         """
-        folder = cls((config.run_dir or _new_name()).absolute())
+        folder = cls((config.run_dir or _new_name()).absolute(), config.export_name)
         if found := folder.holds():
             raise ConfigError(
                 f"run_dir: {folder.root} already holds a run ({', '.join(found)}). "
@@ -86,7 +88,7 @@ class RunFolder:
         try:
             folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.logs.mkdir(mode=0o700, exist_ok=True)
-            folder.config.write_text(config_toml(config), encoding="utf-8")
+            folder.config.write_text(config_toml(settings or config), encoding="utf-8")
         except OSError as error:
             raise ConfigError(
                 f"run_dir: {folder.root} cannot be used: {error.strerror}. Choose a folder that you may write to."
@@ -109,7 +111,7 @@ class RunFolder:
         _write_json(self.summary, summary)
 
 
-def config_toml(config: Config) -> str:
+def config_toml(config: BaseModel) -> str:
     """The settings as TOML that `asyncrl.cli.config.load_config` reads back to an equal `Config`."""
     return tomli_w.dumps(_without_null(config, config.model_dump(mode="json")))
 

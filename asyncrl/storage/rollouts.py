@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import groupby
+from itertools import compress, groupby
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,8 @@ def _describe_sample(sample: RolloutSample, decode: Decode) -> dict[str, Any]:
         "versions": sorted(drawn_by),
         "text": _turns(sample, decode),
     }
+    if sample.advantages is not None:
+        described["advantage_mean"] = sum(compress(sample.advantages, sample.loss_mask)) / trained
     return described | ({"info": dict(sample.info)} if sample.info else {})
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from asyncrl.losses import Counts, MetricSums, Normalization, denominator
+from asyncrl.training.batch import Batch
 
 
 @dataclass(slots=True)
@@ -21,9 +22,14 @@ class Accumulator:
     counts: Counts = field(default_factory=Counts)
     sequences: int = 0
     train_tokens: int = 0
-    microbatches: int = 0
+    """Tokens of the sequences, what they share counted for each."""
+    row_tokens: int = 0
+    """Tokens that went through the model: shared ones once, and none that only ends a sequence."""
+    shared_tokens: int = 0
+    """Tokens that another sequence had brought already."""
     padded_tokens: int = 0
-    """`train_tokens` and the padding beside them."""
+    """`row_tokens` and the padding beside them."""
+    microbatches: int = 0
     losses: list[Tensor] = field(default_factory=list)
     """Loss sum of each microbatch, without gradient."""
     metrics: MetricSums | None = None
@@ -31,16 +37,18 @@ class Accumulator:
 
     def add(
         self,
-        lengths: tuple[int, ...],
+        batch: Batch,
         counts: Counts,
         loss: Tensor,
         metrics: MetricSums | None,
         padded_tokens: int,
     ) -> None:
-        """Account for one microbatch of sequences of these lengths."""
+        """Account for one microbatch."""
         self.counts += counts
-        self.sequences += len(lengths)
-        self.train_tokens += sum(lengths)
+        self.sequences += batch.sequences
+        self.train_tokens += batch.train_tokens
+        self.row_tokens += batch.tokens.layout.tokens
+        self.shared_tokens += batch.shared_tokens
         self.microbatches += 1
         self.padded_tokens += padded_tokens
         self.losses.append(loss.detach())
@@ -70,10 +78,12 @@ class Accumulator:
         return {
             "loss": self.loss(normalization),
             "train_tokens": float(self.train_tokens),
+            "row_tokens": float(self.row_tokens),
+            "shared_tokens": float(self.shared_tokens),
             "loss_tokens": float(self.counts.loss_tokens),
             "sequences": float(self.sequences),
             "microbatches": float(self.microbatches),
-            "pack_efficiency": self.train_tokens / self.padded_tokens if self.padded_tokens else 1.0,
+            "pack_efficiency": self.row_tokens / self.padded_tokens if self.padded_tokens else 1.0,
             **{f"{phase}_s": seconds for phase, seconds in self.seconds.items()},
             **({} if self.metrics is None else self.metrics.means()),
         }

@@ -1,37 +1,24 @@
-"""From lists of sequences to the tensors of a microbatch.
+"""The tensors of one microbatch.
 
-    sequences -> plan (which sequence in which microbatch) -> Batch (flat tensors)
-
-A microbatch is one row of T tokens, its B sequences one after the other with no padding between them;
-what keeps them apart is `Layout`. Only tokens to be trained have a log-prob computed: N of the T.
+A microbatch is one row of T tokens without padding, in which its B sequences lie as `Layout` says: what they have
+in common lies there once. Of each sequence only the tokens before its last target are in the row, and only the
+targets, N in all, have a log-prob computed. Where a place is shared, several targets are predicted by it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from asyncrl.errors import TrainerError
+from asyncrl.training.columns import Columns
+from asyncrl.training.layout import Integers, Layout, before, lay_out, ranges
+from asyncrl.training.plan import Cut
 from asyncrl.types import TrainSequence
-
-Scalar = TypeVar("Scalar", bound=np.generic)
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where the sequences lie in a row of T tokens."""
-
-    lengths: tuple[int, ...]
-    """[B], longest first; adds up to T."""
-    position_ids: Tensor
-    """[T] int64, restarts at each sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,94 +27,85 @@ class Tokens:
 
     token_ids: Tensor
     """[T] int64"""
+    position_ids: Tensor
+    """[T] int64: the place of each token in its sequence."""
     layout: Layout
     predictors: Tensor
     """[N] int64: the place in the row whose output predicts the target (the one before it)."""
     targets: Tensor
     """[N] int64: token ids."""
+    read: Tensor
+    """[R] int64: the places that are in `predictors`, each once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One microbatch of training. All but `tokens` are [N], over the loss tokens."""
+    """One microbatch of training. The tensors but those of `tokens` are [N], over the loss tokens."""
 
     tokens: Tokens
     behavior_logprobs: Tensor
     advantages: Tensor
     sequence_ids: Tensor
     """0 to B - 1."""
+    group_ids: Tensor
+    """0 to G - 1: sequences of one group share a prompt, or are a preference pair."""
     sequences: int
     """Sequences that have a loss token."""
+    train_tokens: int
+    """Tokens of all sequences, each counted as often as it occurs."""
+    shared_tokens: int
+    """Tokens that the row was spared because another sequence had brought them."""
 
 
-def plan(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Which sequences share a microbatch: indices, longest first, at most `max_tokens` together.
-
-    First fit in decreasing order, within 11/9 of the fewest microbatches. A sequence longer than `max_tokens`
-    goes alone: results do not change, memory does.
-    """
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    if sum(lengths) <= max_tokens:
-        return [order] if order else []
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in order:
-        length = lengths[index]
-        slot = next((number for number, free in enumerate(room) if free >= length), None)
-        if slot is None:
-            bins.append([index])
-            room.append(max_tokens - length)
-        else:
-            bins[slot].append(index)
-            room[slot] -= length
-    return bins
+def make_tokens(columns: Columns, cut: Cut, device: torch.device) -> Tokens:
+    """The row of the sequences of `cut`."""
+    return _tokens(columns, cut, _targets(columns, cut), device)
 
 
-def make_tokens(sequences: Sequence[Sequence[int]], device: torch.device) -> Tokens:
-    """A row of token sequences, longest first; all tokens but each first are targets."""
-    lengths = np.array([len(tokens) for tokens in sequences], dtype=np.int64)  # [B]
-    token_ids = _flat(sequences, np.int64)  # [T]
-    wanted = np.ones(len(token_ids), dtype=np.bool_)  # [T]
-    return _tokens(token_ids, lengths, wanted, device)[0]
-
-
-def make_batch(sequences: Sequence[TrainSequence], device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
-    """The tensors of a microbatch; `sequences` come longest first. The first token of each is never trained."""
-    lengths = np.array([len(sequence.tokens) for sequence in sequences], dtype=np.int64)  # [B]
-    token_ids = _flat((sequence.tokens for sequence in sequences), np.int64)  # [T]
-    mask = _flat((sequence.loss_mask for sequence in sequences), np.bool_)  # [T]
-    behavior = _flat((sequence.behavior_logprobs for sequence in sequences), np.float64)  # [T]
-    advantages = np.array([sequence.advantage for sequence in sequences], dtype=np.float64)  # [B]
-    tokens, wanted = _tokens(token_ids, lengths, mask, device)
-    ids = np.repeat(np.arange(len(sequences), dtype=np.int64), lengths)[wanted]  # [N]
+def make_batch(columns: Columns, cut: Cut, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
+    """The tensors of the microbatch `cut`, in its order of sequences."""
+    chosen, counts = _targets(columns, cut), _target_counts(columns, cut)
+    ids = np.repeat(np.arange(len(counts), dtype=np.int64), counts)  # [N]
+    groups = np.unique(columns.groups[cut.indices], return_inverse=True)[1]  # [B]
     return Batch(
-        tokens=tokens,
-        behavior_logprobs=torch.from_numpy(behavior[wanted]).to(device, dtype),
-        advantages=torch.from_numpy(advantages[ids]).to(device, dtype),
+        tokens=_tokens(columns, cut, chosen, device),
+        behavior_logprobs=torch.from_numpy(columns.behavior_logprobs[chosen]).to(device, dtype),
+        advantages=torch.from_numpy(columns.advantages[chosen]).to(device, dtype),
         sequence_ids=torch.from_numpy(ids).to(device),
-        sequences=len(np.unique(ids)),
+        group_ids=torch.from_numpy(groups[ids]).to(device),
+        sequences=int(np.count_nonzero(counts)),
+        train_tokens=int(columns.lengths[cut.indices].sum()),
+        shared_tokens=int(cut.shared.sum()),
     )
 
 
-def _tokens(
-    token_ids: NDArray[np.int64], lengths: NDArray[np.int64], wanted: NDArray[np.bool_], device: torch.device
-) -> tuple[Tokens, NDArray[np.int64]]:
-    """The row, and the places [N] of its targets: those `wanted` [T] that have a token before them."""
-    starts = np.cumsum(lengths) - lengths  # [B]
-    wanted[starts] = False
-    places = np.flatnonzero(wanted)  # [N]
-    positions = np.arange(len(token_ids), dtype=np.int64) - np.repeat(starts, lengths)  # [T]
-    tokens = Tokens(
+def _target_counts(columns: Columns, cut: Cut) -> Integers:
+    """[B] targets of each sequence of `cut`."""
+    return columns.first_target[cut.indices + 1] - columns.first_target[cut.indices]
+
+
+def _targets(columns: Columns, cut: Cut) -> Integers:
+    """[N] the targets of `cut`, as indices into those of `columns`."""
+    return ranges(columns.first_target[cut.indices], _target_counts(columns, cut))
+
+
+def _tokens(columns: Columns, cut: Cut, chosen: Integers, device: torch.device) -> Tokens:
+    starts, used = columns.starts[cut.indices], columns.used[cut.indices]  # [B]
+    layout, paths = lay_out(used, cut.shared)
+    token_ids = np.empty(layout.tokens, dtype=np.int64)  # [T]
+    token_ids[paths] = columns.tokens[ranges(starts, used)]  # what is shared is written more than once, the same
+    targets = columns.targets[chosen]  # [N]
+    # From a place in the columns to the same place in the paths of this cut, and one back: the token before.
+    shift = np.repeat(before(used) - starts - 1, _target_counts(columns, cut))
+    predictors = paths[targets + shift]
+    return Tokens(
         token_ids=torch.from_numpy(token_ids).to(device),
-        layout=Layout(tuple(lengths.tolist()), torch.from_numpy(positions).to(device)),
-        predictors=torch.from_numpy(places - 1).to(device),
-        targets=torch.from_numpy(token_ids[places]).to(device),
+        position_ids=torch.from_numpy(layout.positions).to(device),
+        layout=layout,
+        predictors=torch.from_numpy(predictors).to(device),
+        targets=torch.from_numpy(columns.tokens[targets]).to(device),
+        read=torch.from_numpy(np.unique(predictors)).to(device),
     )
-    return tokens, places
-
-
-def _flat(sequences: Iterable[Sequence[float]], dtype: type[Scalar]) -> NDArray[Scalar]:
-    return np.fromiter(chain.from_iterable(sequences), dtype)
 
 
 def check_tokens(sequences: Iterable[Sequence[int]], vocab_size: int, max_length: int | None) -> None:
@@ -156,4 +134,10 @@ def check_sequences(sequences: Sequence[TrainSequence]) -> None:
             raise TrainerError(
                 f"sequence {index} has {lengths[0]} tokens, {lengths[1]} behaviour log-probs and {lengths[2]} loss "
                 "mask entries. Expected one of each per token."
+            )
+        advantages = 1 if isinstance(sequence.advantage, int | float) else np.size(sequence.advantage)
+        if advantages not in (1, lengths[0]):
+            raise TrainerError(
+                f"sequence {index} has {lengths[0]} tokens and {advantages} advantages. Expected one per token, or one "
+                "number for all."
             )

@@ -3,6 +3,8 @@
 N tokens, H hidden size, V vocabulary, C tokens of one chunk. Forward keeps only the log-sum-exp of each
 token; backward computes a chunk's logits again and turns them into a gradient on the spot, which costs a
 third matrix product and saves N x V numbers. One chunk that holds all tokens is kept instead.
+
+The size of a chunk follows from the vocabulary: C x V is constant, and so is the memory, for any N and V.
 """
 
 from __future__ import annotations
@@ -12,6 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# Logits of one chunk, of which two copies exist at once. In float32 that is 256 MiB each: large enough for
+# matrix products at full speed with a vocabulary of 150k, small beside the activations of a model with one.
+CHUNK_LOGITS = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +48,16 @@ def token_logprobs(
     targets: Tensor,
     *,
     temperature: float = 1.0,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int | None = None,
     matmul_dtype: torch.dtype | None = None,
 ) -> TokenLogprobs:
     """Log-probs of `targets` [N] under the next-token distributions of `hidden` [N, H].
 
-    `matmul_dtype` is that of the product with the head; softmax and sums are float32 at least.
+    `matmul_dtype` is that of the product with the head; softmax and sums are float32 at least. `chunk_tokens`
+    None: as many as `CHUNK_LOGITS` allows.
     """
+    if chunk_tokens is None:
+        chunk_tokens = max(1, CHUNK_LOGITS // head.weight.shape[0])
     logprobs, entropy = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, targets, head, temperature, chunk_tokens, matmul_dtype or hidden.dtype
     )
@@ -72,19 +81,26 @@ class _ChunkedLogprobs(torch.autograd.Function):
         product_weight = weight.to(matmul_dtype)  # [V, H]
         logprobs, log_sums, entropy = (torch.empty(size, dtype=dtype, device=hidden.device) for _ in range(3))  # [N]
         kept: Tensor | None = None
+        # The softcap's slope needs the logits themselves, so only plain heads keep their one chunk.
+        keep = size <= chunk_tokens and head.softcap is None and any(ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, size, chunk_tokens):
                 part = slice(start, start + chunk_tokens)
                 logits, _ = _logits(hidden[part], product_weight, bias, head, temperature, dtype)  # [C, V]
-                log_sum = logits.logsumexp(dim=1)  # [C]
-                logprobs[part] = logits.gather(1, targets[part, None]).squeeze(1) - log_sum
-                log_sums[part] = log_sum
-                kept = logits.sub_(log_sum[:, None])  # now log-probs
-                # A logit of -inf has p log p = 0, not NaN.
-                entropy[part] = -(kept.exp() * kept.clamp(min=torch.finfo(dtype).min)).sum(dim=1)
-        # The softcap's slope needs the logits themselves, so only plain heads keep their one chunk.
-        keep = kept is not None and size <= chunk_tokens and head.softcap is None and any(ctx.needs_input_grad[:3])
-        ctx.save_for_backward(hidden, weight, bias, targets, log_sums, kept if keep else None)
+                highest = logits.amax(dim=1)  # [C]
+                logits.sub_(highest[:, None])
+                exponentials = logits.exp()  # [C, V]
+                total = exponentials.sum(dim=1)  # [C]
+                log_total = total.log()
+                logprobs[part] = logits.gather(1, targets[part, None]).squeeze(1) - log_total
+                log_sums[part] = highest + log_total
+                # The exponentials are there anyway. A logit of -inf has p log p = 0, not NaN, hence nansum; logits
+                # that are NaN show in `log_total`.
+                entropy[part] = log_total - exponentials.mul_(logits).nansum(dim=1) / total
+                del exponentials
+                if keep:
+                    kept = logits.sub_(log_total[:, None])  # now log-probs
+        ctx.save_for_backward(hidden, weight, bias, targets, log_sums, kept)
         ctx.settings = head, temperature, chunk_tokens, matmul_dtype
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -115,7 +131,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 grad_product = grad_logits.mul_(head.scale / temperature).to(matmul_dtype)
                 if grad_hidden is not None:
                     grad_hidden[part] = grad_product @ product_weight
-                if grad_weight is not None:
+                if grad_weight is not None and grad_weight.dtype == matmul_dtype:
+                    grad_weight.addmm_(grad_product.T, hidden[part].to(matmul_dtype))  # no second [V, H]
+                elif grad_weight is not None:
                     grad_weight += grad_product.T @ hidden[part].to(matmul_dtype)
                 if grad_bias is not None:
                     grad_bias += grad_product.sum(dim=0)

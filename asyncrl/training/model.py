@@ -2,41 +2,74 @@
 
 T tokens of a row, N targets, H hidden size. The backbone gives hidden states; log-probs come from them in
 chunks (logprobs.py), never through the model's own head. What that head does is read from the config, and
-how attention keeps packed sequences apart is chosen; both are checked once, against the model's own forward.
+how attention keeps packed sequences apart, and lets them share, is chosen by what is there and works. Both are
+checked once, against the model's own forward.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import structlog
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from asyncrl.config import Config
 from asyncrl.errors import ConfigError, ModelError
 from asyncrl.training import attention, lora
-from asyncrl.training.attention import pack
+from asyncrl.training.attention import Blocks, Packed, prepare_blocks, prepare_varlen
 from asyncrl.training.batch import Tokens, make_tokens
+from asyncrl.training.columns import token_columns
+from asyncrl.training.last_layer import narrow_last_layer
+from asyncrl.training.layers import compile_layers, enable_checkpointing
+from asyncrl.training.layout import Layout, padded_tokens
 from asyncrl.training.logprobs import Head, TokenLogprobs, token_logprobs
+from asyncrl.training.plan import Cut
 
 log = structlog.get_logger(__name__)
 
-# Packing, then rows padded on the right with the model's own attention, in the order of their speed.
-ATTENTIONS = (attention.NAME, "sdpa", "eager")
-CHECK_LENGTHS = (13, 8, 5)
+# Two sequences of their own, two that share their beginning with the one before, and one that is all of it.
+CHECK_LENGTHS = (13, 8, 19, 17, 9)
+CHECK_SHARED = (0, 0, 0, 11, 8)
+# Below this part of the row's tokens it pays to gather the ones that are read.
+NARROWED_PART = 3 / 4
+HALF_PRECISION = (torch.bfloat16, torch.float16)
 FLOAT32_TOLERANCE = 2e-3
 # Mean difference of log-probs; a wrong mask or head is off by nats, rounding to bfloat16 by hundredths.
 BFLOAT16_TOLERANCE = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """One way to compute the attention of a microbatch."""
+
+    name: str
+    """As `transformers` registers it."""
+    packed: bool = False
+    """False: the sequences of a microbatch go through the model as padded rows."""
+    varlen: bool = False
+    """Packed, and by flash attention where the device and the precision have it."""
+
+    def __str__(self) -> str:
+        if not self.packed:
+            return f"{self.name} on padded rows"
+        return "packed, flash attention" if self.varlen else "packed, sdpa in blocks"
+
+
+VARLEN = Attention(attention.NAME, packed=True, varlen=True)
+BLOCKS = Attention(attention.NAME, packed=True)
+PADDED = (Attention("sdpa"), Attention("eager"))
+"""Rows padded on the right, with the model's own attention: right for any causal model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +84,11 @@ class PolicyModel:
     compute_dtype: torch.dtype
     source_dtype: torch.dtype
     """Of the checkpoint that was loaded, and of the one that is saved."""
-    packed: bool
-    """False: the sequences of a microbatch go through the model as padded rows."""
-    chunk_tokens: int
+    attention: Attention
+    share_prompts: bool
+    """`trainer.share_prompts`"""
+    narrowed: bool = False
+    """The last layer can be told which tokens are read (last_layer.py)."""
 
     @property
     def vocab_size(self) -> int:
@@ -68,48 +103,55 @@ class PolicyModel:
     def trained_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.causal_lm.parameters() if parameter.requires_grad]
 
-    def padded_tokens(self, lengths: tuple[int, ...]) -> int:
-        """Tokens of a microbatch of these sequences, with the padding that attention (or all layers) adds."""
-        if self.packed and self.device.type == "cuda" and self.compute_dtype != torch.float32:
-            return sum(lengths)
-        return attention.padded_tokens(lengths)
+    @property
+    def packed(self) -> bool:
+        return self.attention.packed
+
+    @property
+    def shares(self) -> bool:
+        """Whether sequences of a microbatch may have tokens in common."""
+        return self.packed and self.share_prompts
+
+    @property
+    def _varlen(self) -> bool:
+        return self.attention.varlen and self.device.type == "cuda" and self.compute_dtype in HALF_PRECISION
+
+    def padded_tokens(self, layout: Layout) -> int:
+        """Tokens of a row, with the padding that attention (or all layers) adds."""
+        return layout.tokens if self._varlen else padded_tokens(layout)
 
     def token_logprobs(self, tokens: Tokens, temperature: float) -> TokenLogprobs:
         """Log-probs and entropies [N] of the targets."""
         with self.autocast():
             hidden = self.hidden_states(tokens)  # [T, H]
         return token_logprobs(
-            hidden.index_select(0, tokens.predictors),
+            # Shared places are read more than once: the backward of `embedding` sums them in a fixed order.
+            nn.functional.embedding(tokens.predictors, hidden),
             self.head,
             tokens.targets,
             temperature=temperature,
-            chunk_tokens=self.chunk_tokens,
             matmul_dtype=self.compute_dtype,
         )
 
     def hidden_states(self, tokens: Tokens) -> Tensor:
-        """The last hidden state of every token, [T, H]."""
-        decoder, layout = self.causal_lm.get_decoder(), pack(tokens.layout)
-        if self.packed:
-            output = decoder(
-                input_ids=tokens.token_ids[None],
-                position_ids=tokens.layout.position_ids[None],
-                use_cache=False,
-                packed=layout,
-            )
-            hidden: Tensor = output.last_hidden_state[0]
-            return hidden
-        ids = tokens.token_ids if layout.gather is None else tokens.token_ids[layout.gather]  # [P]
-        blocks = torch.split(ids, [block.sequences * block.length for block in layout.blocks])
-        rows = [
-            decoder(input_ids=part.view(block.sequences, block.length), use_cache=False).last_hidden_state.flatten(0, 1)
-            for part, block in zip(blocks, layout.blocks, strict=True)
-        ]
-        hidden = torch.cat(rows)  # [P, H]
-        return hidden if layout.restore is None else hidden[layout.restore]
+        """The last hidden states [T, H]; of tokens that are not read they may be anything."""
+        decoder, layout = self.causal_lm.get_decoder(), tokens.layout
+        if not self.packed:
+            return _padded_rows(decoder, tokens.token_ids, prepare_blocks(layout, self.device))
+        row: Packed = (prepare_varlen if self._varlen else prepare_blocks)(layout, self.device)
+        few = self.narrowed and len(tokens.read) < NARROWED_PART * len(tokens.token_ids)
+        output = decoder(
+            input_ids=tokens.token_ids[None],
+            position_ids=tokens.position_ids[None],
+            use_cache=False,
+            packed=row,
+            **({"read": tokens.read} if few else {}),
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.compute_dtype == torch.float32:
+        if self.compute_dtype not in HALF_PRECISION:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.compute_dtype)
 
@@ -125,27 +167,24 @@ def load_policy(config: Config) -> PolicyModel:
     policy = PolicyModel(
         causal_lm=causal_lm,
         adapter=None,
-        head=_find_head(causal_lm),
+        head=find_head(causal_lm),
         device=device,
         compute_dtype=compute_dtype,
         source_dtype=source_dtype,
-        packed=True,
-        chunk_tokens=config.trainer.logprob_chunk_tokens,
+        attention=BLOCKS,
+        share_prompts=config.trainer.share_prompts,
     )
     policy = _choose_attention(policy)
     if config.lora.rank:
         adapter = lora.attach(causal_lm, config.lora, config.seed)
         policy = replace(policy, adapter=adapter)
-        _find_head(causal_lm)
+        find_head(causal_lm)
     if config.trainer.gradient_checkpointing:
-        _enable_checkpointing(causal_lm)
-    return policy
-
-
-def frozen_copy(policy: PolicyModel) -> PolicyModel:
-    """The reference model of a full fine-tune: the weights as they are now, which never train."""
-    causal_lm = copy.deepcopy(policy.causal_lm).requires_grad_(False).eval()
-    return replace(policy, causal_lm=causal_lm, head=_find_head(causal_lm))
+        enable_checkpointing(causal_lm)
+    if config.trainer.compile:
+        _compile(policy)
+        return policy
+    return _narrow(policy) if policy.packed else policy
 
 
 def choose_device(name: str) -> torch.device:
@@ -193,7 +232,8 @@ def _load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, torch.dtype]:
     return model.to(dtype), source_dtype
 
 
-def _find_head(causal_lm: PreTrainedModel) -> Head:
+def find_head(causal_lm: PreTrainedModel) -> Head:
+    """What the output head of a model does. Raises `ModelError` for one that is more than a linear layer."""
     output = causal_lm.get_output_embeddings()
     if not isinstance(output, nn.Linear):
         raise ModelError(
@@ -221,37 +261,86 @@ def _choose_attention(policy: PolicyModel) -> PolicyModel:
     cannot be packed, and their sequences become padded rows, which any causal model reads rightly.
     """
     causal_lm = policy.causal_lm
-    sequences = [
-        [(7 * (place + 3) * (length + 1)) % policy.vocab_size for place in range(length)] for length in CHECK_LENGTHS
-    ]
+    sequences = _check_sequences(policy.vocab_size)
     causal_lm.set_attn_implementation("eager")
-    expected = torch.cat([_own_logprobs(policy, tokens) for tokens in sequences])
-    tokens = make_tokens(sequences, policy.device)
-    names, faults = _candidates(causal_lm)
-    for name in names:
-        packed = name == attention.NAME
+    expected = [_own_logprobs(policy, tokens) for tokens in sequences]
+    candidates, faults = _candidates(policy)
+    for candidate in candidates:
         try:
-            causal_lm.set_attn_implementation(name)
-            candidate = replace(policy, packed=packed)
+            causal_lm.set_attn_implementation(candidate.name)
+            chosen = replace(policy, attention=candidate)
             with torch.no_grad():
-                found = candidate.token_logprobs(tokens, 1.0).logprobs
+                found = chosen.token_logprobs(_check_tokens(sequences, chosen), 1.0).logprobs
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError) as error:  # a kernel or a model that refuses: try the next
-            faults.append(f"{name}: {error}")
+            faults.append(f"{candidate}: {error}")
             continue
-        difference = (found - expected).abs()
-        exact = policy.compute_dtype == torch.float32
-        close = difference.max() <= FLOAT32_TOLERANCE if exact else difference.mean() <= BFLOAT16_TOLERANCE
-        if close:
+        fault = _difference(policy, found, expected)
+        if fault is None:
             if faults:
-                log.warning("attention_fallback", attention=name, padded_rows=not packed, because=faults)
-            return candidate
-        faults.append(f"{name}: log-probs differ by up to {float(difference.max()):.3g}")
+                log.warning("attention_fallback", attention=str(candidate), because=faults)
+            log.debug("attention_chosen", attention=str(candidate), share_prompts=chosen.shares)
+            return chosen
+        faults.append(f"{candidate}: {fault}")
     raise ModelError(
         f"the log-probs of {type(causal_lm).__name__} cannot be computed in chunks: they are not those of its own "
         f"forward ({'; '.join(faults)}). Its output head does more than this engine knows. Use another model."
     )
+
+
+def _narrow(policy: PolicyModel) -> PolicyModel:
+    """Spare the last layer what nobody reads, where that leaves the log-probs of what is read as they are."""
+    tokens = _check_tokens(_check_sequences(policy.vocab_size), policy)
+    predictors, targets = tokens.predictors[::3], tokens.targets[::3]
+    tokens = replace(tokens, predictors=predictors, targets=targets, read=torch.unique(predictors))
+    with torch.no_grad():
+        expected = policy.token_logprobs(tokens, 1.0).logprobs
+        handles = narrow_last_layer(policy.causal_lm)
+        narrowed = replace(policy, narrowed=bool(handles))
+        try:
+            found = narrowed.token_logprobs(tokens, 1.0).logprobs
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:  # parts of another kind
+            fault: str | None = str(error)
+        else:
+            fault = _difference(policy, found, [expected])
+    if fault is None:
+        return narrowed
+    for handle in handles:
+        handle.remove()
+    log.debug("last_layer_not_narrowed", because=fault)
+    return policy
+
+
+def _check_sequences(vocab_size: int) -> list[list[int]]:
+    """Token sequences of which some share their beginning, as `CHECK_SHARED` says."""
+    sequences: list[list[int]] = []
+    for length, shared in zip(CHECK_LENGTHS, CHECK_SHARED, strict=True):
+        common = sequences[-1][:shared] if sequences else []
+        sequences.append(common + [(7 * (place + 3) * (length + 1)) % vocab_size for place in range(shared, length)])
+    return sequences
+
+
+def _check_tokens(sequences: list[list[int]], policy: PolicyModel) -> Tokens:
+    """Their row as `policy` would have it."""
+    shared = np.array(CHECK_SHARED) if policy.shares else np.zeros(len(sequences), dtype=np.int64)
+    return make_tokens(token_columns(sequences), Cut(np.arange(len(sequences)), shared), policy.device)
+
+
+def _difference(policy: PolicyModel, found: Tensor, expected: list[Tensor]) -> str | None:
+    """How log-probs differ from those of each sequence alone, where they differ by more than rounding."""
+    exact = policy.compute_dtype not in HALF_PRECISION
+    parts = torch.split(found, [len(logprobs) for logprobs in expected])
+    gaps = torch.stack([gap.max() if exact else gap.mean() for gap in map(_gap, parts, expected)])
+    if gaps.max() <= (FLOAT32_TOLERANCE if exact else BFLOAT16_TOLERANCE):
+        return None
+    return f"log-probs differ by up to {float(gaps.max()):.3g}"
+
+
+def _gap(found: Tensor, expected: Tensor) -> Tensor:
+    return (found - expected).abs()
 
 
 def _own_logprobs(policy: PolicyModel, token_ids: list[int]) -> Tensor:
@@ -263,29 +352,53 @@ def _own_logprobs(policy: PolicyModel, token_ids: list[int]) -> Tensor:
     return logprobs.gather(1, ids[0, 1:, None]).squeeze(1)
 
 
-def _candidates(causal_lm: PreTrainedModel) -> tuple[tuple[str, ...], list[str]]:
-    """The attentions to try, and why others are left out: what short sequences or small weights would not show."""
+def _candidates(policy: PolicyModel) -> tuple[tuple[Attention, ...], list[str]]:
+    """The attentions to try, the fastest first, and why others are left out where the check would not show it: its
+    sequences are short, and the effect of small weights is small."""
+    causal_lm = policy.causal_lm
     softcap = _text_setting(causal_lm, "attn_logit_softcapping")
     if softcap is not None:
-        return ("eager",), [f"attn_logit_softcapping={softcap} exists only in the model's own attention"]
+        return PADDED[1:], [f"attn_logit_softcapping={softcap} exists only in the model's own attention"]
     chunk = _text_setting(causal_lm, "attention_chunk_size")
     kinds = set(_text_setting(causal_lm, "layer_types") or ()) - {"full_attention", "sliding_attention"}
     if chunk or kinds:
-        return ("sdpa", "eager"), [f"a pack cannot express {', '.join(sorted(kinds)) or 'chunked attention'}"]
-    return ATTENTIONS, []
+        return PADDED, [f"a pack cannot express {', '.join(sorted(kinds)) or 'chunked attention'}"]
+    flash = policy.device.type == "cuda" and policy.compute_dtype in HALF_PRECISION
+    return ((VARLEN, BLOCKS) if flash else (BLOCKS,)) + PADDED, []
 
 
-def _enable_checkpointing(causal_lm: PreTrainedModel) -> None:
-    """Layers compute their activations again in backward. They do so only in training mode, which is given to
-    the layers alone and not to what is in them, so that dropout stays off."""
-    if not causal_lm.supports_gradient_checkpointing:
+def _padded_rows(decoder: nn.Module, token_ids: Tensor, row: Blocks) -> Tensor:
+    """The last hidden states [T, H] of sequences that share nothing, as batches of right-padded rows."""
+    ids = token_ids if row.queries is None else token_ids[row.queries]
+    parts = torch.split(ids, [block.spans * block.queries for block in row.blocks])
+    rows = [
+        decoder(input_ids=part.view(block.spans, block.queries), use_cache=False).last_hidden_state.flatten(0, 1)
+        for part, block in zip(parts, row.blocks, strict=True)
+    ]
+    hidden = torch.cat(rows)
+    return hidden if row.restore is None else hidden[row.restore]
+
+
+def _compile(policy: PolicyModel) -> None:
+    """Compile the layers, forward and backward, now: what cannot be compiled shall fail at the start of a run."""
+    tokens = _check_tokens(_check_sequences(policy.vocab_size), policy)
+    with torch.no_grad():
+        expected = policy.token_logprobs(tokens, 1.0).logprobs
+    compile_layers(policy.causal_lm)
+    try:
+        with warnings.catch_warnings():  # torch's tracing looks at `.grad` of everything, and warns of it
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            found = policy.token_logprobs(tokens, 1.0).logprobs
+            torch.autograd.backward(found.sum())
+    except TorchDynamoException as error:
         raise ConfigError(
-            f"trainer.gradient_checkpointing is on, but {type(causal_lm).__name__} does not support it. Switch it off."
-        )
-    causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in causal_lm.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
+            f"trainer.compile is on, but torch {torch.__version__} cannot compile {type(policy.causal_lm).__name__} on "
+            f"{policy.device.type}: {str(error).splitlines()[0]} Switch it off, or install a C++ compiler (on the CPU)."
+        ) from error
+    policy.causal_lm.zero_grad(set_to_none=True)
+    fault = _difference(policy, found.detach(), [expected])
+    if fault is not None:
+        raise ConfigError(f"trainer.compile is on, but once compiled, {fault}. Switch it off.")
 
 
 @contextlib.contextmanager

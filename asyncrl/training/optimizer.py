@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,20 +12,48 @@ from torch import Tensor
 from asyncrl.config import OptimizerConfig
 from asyncrl.errors import ConfigError
 
+EIGHT_BIT_DEVICES = ("cuda", "cpu")
 
-def make_optimizer(parameters: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) over `parameters`; weight decay spares vectors (norms, biases)."""
+
+def make_optimizer(parameters: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101) over `parameters`; weight decay spares vectors (norms, biases).
+
+    Raises `ConfigError` for states of 8 bits without `bitsandbytes`, or on a device that it does not know.
+    """
     trained = list(parameters)
     matrices = [parameter for parameter in trained if parameter.ndim >= 2]
     vectors = [parameter for parameter in trained if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-        fused=trained[0].device.type in ("cpu", "cuda", "mps"),
-    )
+    everything = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in everything if group["params"]]
+    settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
+    kind = trained[0].device.type
+    if config.state_bits == 8:
+        return _adamw_8bit(kind)(groups, **settings)
+    return torch.optim.AdamW(groups, **settings, fused=kind in ("cpu", "cuda", "mps"))
+
+
+def _adamw_8bit(device: str) -> type[torch.optim.Optimizer]:
+    """AdamW whose two means are stored in blocks of 256 bytes with one scale each (arXiv:2110.02861)."""
+    if device not in EIGHT_BIT_DEVICES:
+        raise ConfigError(
+            f"optimizer.state_bits is 8, which `bitsandbytes` does not have on {device}, only on "
+            f"{' and '.join(EIGHT_BIT_DEVICES)}. Use 32."
+        )
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            f"optimizer.state_bits is 8, which needs `bitsandbytes`, and it cannot be imported: {error}. "
+            "Install it with: pip install 'asyncrl[8bit]'"
+        ) from error
+
+    class MatricesIn8Bit(AdamW8bit):  # type: ignore[misc]
+        def get_config(self, group_index: int, index: int, group: dict[str, Any]) -> dict[str, Any]:
+            """The library's overrides of single parameters are global to the process and go by `id`; this is not."""
+            found: dict[str, Any] = super().get_config(group_index, index, group)
+            return found if group["params"][index].ndim >= 2 else {**found, "optim_bits": 32}
+
+    return MatricesIn8Bit
 
 
 def check_schedule(config: OptimizerConfig, total_steps: int | None) -> None:
@@ -40,7 +69,7 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int | None) -
     """The rate of optimizer step `step`, counted from 1.
 
     Warm-up rises evenly and reaches the full rate at step `warmup_steps`. The step after it has the full
-    rate too; from there it falls, and would be 0 one step after the last: no step is wasted on a rate of 0.
+    rate too; from there it falls, and would reach its lowest one step after the last: no step is wasted on a rate of 0.
     """
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
@@ -50,7 +79,7 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int | None) -
     decay_steps = max(total_steps - config.warmup_steps, 1)
     progress = min((step - 1 - config.warmup_steps) / decay_steps, 1.0)
     left = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return config.learning_rate * left
+    return config.learning_rate * (config.min_rate_ratio + (1 - config.min_rate_ratio) * left)
 
 
 @torch.no_grad()

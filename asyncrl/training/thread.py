@@ -20,6 +20,7 @@ import torch
 
 from asyncrl.config import Config
 from asyncrl.errors import TrainerError
+from asyncrl.losses import Normalization
 from asyncrl.training.trainer import LossFunction, TorchTrainer
 from asyncrl.types import StepResult, TrainSequence, Weights
 
@@ -76,12 +77,17 @@ class ThreadedTrainer:
         total_steps: int | None,
         weights_format: Literal["tensors", "files"],
         publish_folder: Path | None = None,
+        reference: bool | None = None,
         torch_threads: int | None = None,
         cancel_timeout_s: float = 120.0,
     ) -> None:
         """`torch_threads` are those of this trainer's thread; None leaves torch's own number."""
         self._make: Callable[[], TorchTrainer] = lambda: TorchTrainer(
-            config, total_steps=total_steps, weights_format=weights_format, publish_folder=publish_folder
+            config,
+            total_steps=total_steps,
+            weights_format=weights_format,
+            publish_folder=publish_folder,
+            reference=reference,
         )
         self._torch_threads = torch_threads
         self._cancel_timeout_s = cancel_timeout_s
@@ -118,18 +124,30 @@ class ThreadedTrainer:
         await self._run("forward_backward", lambda: trainer.forward_backward(sequences))
 
     async def forward_backward_custom(
-        self, sequences: Sequence[TrainSequence], loss_fn: LossFunction, *, temperature: float = 1.0
+        self,
+        sequences: Sequence[TrainSequence],
+        loss_fn: LossFunction,
+        *,
+        temperature: float = 1.0,
+        reference: bool = False,
+        whole_groups: bool = False,
     ) -> None:
-        """As `forward_backward`, with your own loss per token; `loss_fn` runs on the trainer's thread."""
+        """As `forward_backward`, with your own loss per token; `loss_fn` runs on the trainer's thread.
+
+        What the settings mean is said at `TorchTrainer.forward_backward_custom`.
+        """
         trainer = self._open()
         await self._run(
             "forward_backward_custom",
-            lambda: trainer.forward_backward_custom(sequences, loss_fn, temperature=temperature),
+            lambda: trainer.forward_backward_custom(
+                sequences, loss_fn, temperature=temperature, reference=reference, whole_groups=whole_groups
+            ),
         )
 
-    async def optim_step(self) -> StepResult:
+    async def optim_step(self, normalization: Normalization | None = None) -> StepResult:
         """Normalise over the whole optimizer batch, clip, step, and start a new batch."""
-        return await self._run("optim_step", self._open().optim_step)
+        trainer = self._open()
+        return await self._run("optim_step", lambda: trainer.optim_step(normalization))
 
     async def save_weights_for_sampler(self) -> Weights:
         """A snapshot of the current weights in the form that the sampler wants."""

@@ -25,17 +25,23 @@ from asyncrl.losses import (
     Counts,
     LossInputs,
     MetricSums,
+    Normalization,
     accepted_settings,
+    clip_of,
+    find_policy_loss,
     loss_sum,
     metric_sums,
     policy_loss,
 )
 from asyncrl.training.accumulator import Accumulator
-from asyncrl.training.batch import Batch, Tokens, check_sequences, check_tokens, make_batch, make_tokens, plan
+from asyncrl.training.batch import Batch, Tokens, check_sequences, check_tokens, make_batch, make_tokens
+from asyncrl.training.columns import Columns, token_columns, train_columns
 from asyncrl.training.export import prune, snapshot, write_folder, write_model
 from asyncrl.training.logprobs import TokenLogprobs
-from asyncrl.training.model import PolicyModel, frozen_copy, load_policy
+from asyncrl.training.model import PolicyModel, load_policy
 from asyncrl.training.optimizer import check_schedule, learning_rate, make_optimizer, normalize_and_clip
+from asyncrl.training.plan import Cut, plan
+from asyncrl.training.reference import make_reference
 from asyncrl.types import Probe, StepResult, TrainSequence, Weights
 
 LossFunction = Callable[[LossInputs], Tensor]
@@ -58,18 +64,25 @@ class TorchTrainer:
         total_steps: int | None,
         weights_format: Literal["tensors", "files"],
         publish_folder: Path | None = None,
+        reference: bool | None = None,
     ) -> None:
-        """`total_steps` is what the learning rate falls over; `publish_folder` takes the folders of "files"."""
+        """`total_steps` is what the learning rate falls over; `publish_folder` takes the folders of "files".
+
+        `reference`: whether to keep the model as it is now for reference log-probs. None: if the loss asks for them.
+        """
         if weights_format == "files" and publish_folder is None:
             raise ConfigError("the sampler reads weights from files, but no publish_folder was given. Name one.")
         check_schedule(config.optimizer, total_steps)
         self._config, self._total_steps = config, total_steps
         self._weights_format, self._publish_folder = weights_format, publish_folder
         self._policy = load_policy(config)
-        self._reference = self._make_reference()
+        referenced = config.kl_beta > 0 if reference is None else reference
+        self._reference = make_reference(self._policy, config.trainer) if referenced else None
         self._parameters = self._policy.trained_parameters()
         self._optimizer = make_optimizer(self._parameters, config.optimizer)
-        self._settings = _loss_settings(config)
+        self._loss = find_policy_loss(config.policy_loss)
+        self._settings = accepted_settings(self._loss, loss_settings(config))
+        self._clip = clip_of(self._loss, self._settings)
         self._step = 0
         self._batch = self._new_batch()
         self._probe = _spread_tokens(self._policy.vocab_size)
@@ -93,13 +106,13 @@ class TorchTrainer:
         """Log-probs [n - 1] of each sequence but its first token, at temperature 1."""
         self._check(sequences)
         results: list[list[float]] = [[] for _ in sequences]
-        limit = self._config.trainer.max_tokens_per_microbatch
-        for indices in plan([len(tokens) for tokens in sequences], limit):
-            tokens = make_tokens([sequences[index] for index in indices], self._policy.device)
+        columns, limit = token_columns(sequences), self._config.trainer.max_tokens_per_microbatch
+        for cut in plan(columns, limit, share=self._policy.shares):
+            tokens = make_tokens(columns, cut, self._policy.device)
             with self._guarded("forward"), torch.no_grad():
                 logprobs = self._policy.token_logprobs(tokens, 1.0).logprobs.tolist()  # [N]
             start = 0
-            for index in indices:
+            for index in cut.indices.tolist():
                 end = start + len(sequences[index]) - 1
                 results[index] = logprobs[start:end]
                 start = end
@@ -110,24 +123,47 @@ class TorchTrainer:
         self._accumulate(sequences, self._config.sampling.temperature, self._policy_objective)
 
     def forward_backward_custom(
-        self, sequences: Sequence[TrainSequence], loss_fn: LossFunction, *, temperature: float = 1.0
+        self,
+        sequences: Sequence[TrainSequence],
+        loss_fn: LossFunction,
+        *,
+        temperature: float = 1.0,
+        reference: bool = False,
+        whole_groups: bool = False,
     ) -> None:
         """As `forward_backward`, with your own loss per token: `loss_fn(inputs) -> [N]`.
 
-        The inputs hold the loss tokens alone; old and reference log-probs are the policy's own, detached.
+        The inputs hold the loss tokens alone; old log-probs are the policy's own, detached.
         `asyncrl.losses.cross_entropy` is supervised training.
-        """
 
-        def objective(batch: Batch, found: TokenLogprobs) -> tuple[Tensor, LossInputs, None]:
-            inputs = _inputs(batch, found.logprobs, found.logprobs.detach(), None)
+        Args:
+            temperature: The logits are divided by it.
+            reference: Fill `inputs.ref_logprobs`; the trainer must have been made with `reference=True`.
+            whole_groups: Keep sequences of one group in one microbatch, for losses that compare them.
+        """
+        if reference and self._reference is None:
+            raise ConfigError("reference log-probs are asked for, but this trainer was made without a reference model.")
+
+        def objective(batch: Batch, found: TokenLogprobs) -> tuple[Tensor, LossInputs, MetricSums | None]:
+            expected = self._reference_logprobs(batch.tokens, temperature) if reference else None
+            inputs = _inputs(batch, found.logprobs, found.logprobs.detach(), expected)
             return policy_loss(loss_fn, inputs), inputs, None
 
-        self._accumulate(sequences, temperature, objective)
+        self._accumulate(sequences, temperature, objective, whole_groups=whole_groups)
 
-    def optim_step(self) -> StepResult:
-        """Normalise over the whole optimizer batch, clip, step, and start a new batch."""
+    def optim_step(self, normalization: Normalization | None = None) -> StepResult:
+        """Normalise over the whole optimizer batch, clip, step, and start a new batch.
+
+        `normalization` None is the config's; another one cannot turn sums into means of sequences, or back.
+        """
         batch, self._batch = self._batch, self._new_batch()
-        settings, normalization = self._config.optimizer, self._config.loss.normalization
+        settings, configured = self._config.optimizer, self._config.normalization
+        normalization = configured if normalization is None else normalization
+        if normalization != configured and "sequence_mean" in (normalization, configured):
+            raise ConfigError(
+                f"the gradients were accumulated for loss.normalization={configured!r} and cannot be normalised by "
+                f"{normalization!r} any more. Set loss.normalization."
+            )
         step = self._step + 1
         if batch.microbatches == 0:
             raise TrainerError(
@@ -170,16 +206,21 @@ class TorchTrainer:
         """Write the model or adapter, with its tokenizer, as `transformers`, `peft` and vLLM open it."""
         write_model(self._policy, folder, self._config.model)
 
-    def _accumulate(self, sequences: Sequence[TrainSequence], temperature: float, objective: MicrobatchLoss) -> None:
+    def _accumulate(
+        self,
+        sequences: Sequence[TrainSequence],
+        temperature: float,
+        objective: MicrobatchLoss,
+        *,
+        whole_groups: bool = False,
+    ) -> None:
         self._check([sequence.tokens for sequence in sequences])
         check_sequences(sequences)
-        trained = [sequence for sequence in sequences if any(sequence.loss_mask[1:])]
-        limit = self._config.trainer.max_tokens_per_microbatch
+        columns, limit = train_columns(sequences), self._config.trainer.max_tokens_per_microbatch
         done: list[Tensor] = []
-        for indices in plan([len(sequence.tokens) for sequence in trained], limit):
-            members = [trained[index] for index in indices]
+        for cut in plan(columns, limit, share=self._policy.shares, whole_groups=whole_groups):
             with self._guarded(f"forward and backward of step {self._step + 1}"):
-                done.append(self._microbatch(members, temperature, objective))
+                done.append(self._microbatch(columns, cut, temperature, objective))
         if done and not torch.isfinite(torch.stack(done)).all():
             self._drop_batch()
             raise TrainerError(
@@ -187,18 +228,17 @@ class TorchTrainer:
                 "optimizer.learning_rate, or look for log-probs and rewards out of range in rollouts.jsonl."
             )
 
-    def _microbatch(self, members: Sequence[TrainSequence], temperature: float, objective: MicrobatchLoss) -> Tensor:
+    def _microbatch(self, columns: Columns, cut: Cut, temperature: float, objective: MicrobatchLoss) -> Tensor:
         """Forward and backward of one microbatch; gives its loss sum, detached."""
-        batch = make_batch(members, self._policy.device)
+        batch = make_batch(columns, cut, self._policy.device)
         with self._batch.timed("forward"):
             found = self._policy.token_logprobs(batch.tokens, temperature)
             per_token, inputs, metrics = objective(batch, found)
-            loss = loss_sum(per_token, inputs, self._config.loss.normalization)
+            loss = loss_sum(per_token, inputs, self._config.normalization)
         with self._batch.timed("backward"):
             torch.autograd.backward(loss)
         counts = Counts(loss_tokens=len(batch.sequence_ids), sequences=batch.sequences)
-        lengths = batch.tokens.layout.lengths
-        self._batch.add(lengths, counts, loss, metrics, self._policy.padded_tokens(lengths))
+        self._batch.add(batch, counts, loss, metrics, self._policy.padded_tokens(batch.tokens.layout))
         return loss.detach()
 
     def _policy_objective(self, batch: Batch, found: TokenLogprobs) -> tuple[Tensor, LossInputs, MetricSums]:
@@ -206,29 +246,16 @@ class TorchTrainer:
         # One optimizer step per batch, so the policy before the step is the policy of this very forward.
         anchored = config.loss.anchor == "old_policy"
         old = found.logprobs.detach() if anchored else batch.behavior_logprobs
-        reference = self._reference_logprobs(batch.tokens) if config.loss.kl_beta > 0 else None
+        reference = self._reference_logprobs(batch.tokens, config.sampling.temperature) if config.kl_beta > 0 else None
         inputs = _inputs(batch, found.logprobs, old, reference)
-        per_token = policy_loss(config.policy_loss, inputs, **accepted_settings(config.policy_loss, self._settings))
-        metrics = metric_sums(
-            inputs,
-            eps_low=self._settings["eps_low"],
-            eps_high=self._settings["eps_high"],
-            tis=self._settings["tis"],
-            entropy=found.entropy,
-        )
+        per_token = policy_loss(self._loss, inputs, **self._settings)
+        metrics = metric_sums(inputs, clip=self._clip, tis=self._settings.get("tis"), entropy=found.entropy)
         return per_token, inputs, metrics
 
-    def _reference_logprobs(self, tokens: Tokens) -> Tensor:
-        temperature = self._config.sampling.temperature
-        adapter = self._policy.adapter
-        with torch.no_grad(), contextlib.nullcontext() if adapter is None else adapter.disabled():
-            reference = self._policy if self._reference is None else self._reference
-            return reference.token_logprobs(tokens, temperature).logprobs
-
-    def _make_reference(self) -> PolicyModel | None:
-        """The base model of an adapter is its reference; a full fine-tune keeps a frozen copy."""
-        needed = self._config.loss.kl_beta > 0 and self._policy.adapter is None
-        return frozen_copy(self._policy) if needed else None
+    def _reference_logprobs(self, tokens: Tokens, temperature: float) -> Tensor:
+        assert self._reference is not None
+        with self._batch.timed("reference"):
+            return self._reference.token_logprobs(tokens, temperature)
 
     def _new_batch(self) -> Accumulator:
         return Accumulator(self._policy.device)
@@ -268,14 +295,24 @@ def _inputs(batch: Batch, logprobs: Tensor, old: Tensor, reference: Tensor | Non
         advantages=batch.advantages,
         loss_mask=torch.ones_like(batch.sequence_ids, dtype=torch.bool),
         sequence_ids=batch.sequence_ids,
+        group_ids=batch.group_ids,
     )
 
 
-def _loss_settings(config: Config) -> dict[str, Any]:
-    """The settings of the config under the names of `asyncrl.losses`; an objective takes those that it has."""
+def loss_settings(config: Config) -> dict[str, Any]:
+    """What the config sets, under the names of `asyncrl.losses`; an objective takes those that it has.
+
+    Settings that are left to the objective (None) are left out.
+    """
     loss = config.loss
-    tis = None if loss.tis_cap is None else TIS(cap=loss.tis_cap, level=loss.tis_level)
-    return {"eps_low": loss.eps_low, "eps_high": loss.eps_high, "kl_beta": loss.kl_beta, "tis": tis}
+    filters = loss.tis_icepop is not None or loss.tis_mis is not None
+    corrected = loss.tis_cap is not None or filters
+    own = {name: getattr(loss, name) for name in ("eps_low", "eps_high", "dual_clip", "dro_beta")}
+    return {
+        **{name: value for name, value in own.items() if value is not None},
+        "kl_beta": config.kl_beta,
+        "tis": TIS(loss.tis_cap, loss.tis_level, loss.tis_icepop, loss.tis_mis) if corrected else None,
+    }
 
 
 def _spread_tokens(vocab_size: int) -> tuple[int, ...]:

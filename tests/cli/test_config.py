@@ -64,7 +64,7 @@ def test_values_on_the_command_line(tmp_path: Path, given: list[str], name: str,
         (["--data.shuffle", "--seed", "1"], "--data.shuffle needs a value"),
         (["seed", "1"], "found 'seed' where a setting was expected"),
         (["--seed", "many"], "seed: found 'many'"),
-        (["--sampling.temperature", "0"], "sampling.temperature: found 0"),
+        (["--sampling.temperature", "0"], "sampling.temperature is 0"),
         (["--staleness.max_staleness", "none"], "staleness.max_staleness: found 'none'"),
     ],
 )

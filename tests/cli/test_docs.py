@@ -24,7 +24,7 @@ def test_rows_say_value_default_and_meaning() -> None:
     assert "| `top_p` | float > 0, ≤ 1 | `1.0` | Below 1 the sampler's" in page
     assert '| `policy` | `"wait"` or `"pace"` | `"wait"` | `wait`: a hard bound;' in page
     assert "| `max_steps` | int > 0 or `none` | none | Stop after" in page
-    assert "| `betas` | [float > 0, ≤ 1, float > 0, ≤ 1] | `[0.9, 0.95]` |" in page
+    assert "| `betas` | [float ≥ 0, < 1, float ≥ 0, < 1] | `[0.9, 0.95]` |" in page
 
 
 def test_pages_are_written(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_file_may_be_called_like_a_module(folder: Path) -> None:
         ("rollout_fn_case.nested:rollout", "there is no module"),
         ("rollout_fn_case.py:rolout", "has no function 'rolout'. Did you mean 'rollout'"),
         ("rollout_fn_case.py:plain", "is not async. Write `async def plain"),
-        ("rollout_fn_case.py:LIMIT", "is a int, expected an async function"),
+        ("rollout_fn_case.py:LIMIT", "is a int, expected a function"),
     ],
 )
 def test_what_cannot_be_used_is_named(folder: Path, reference: str | None, said: str) -> None:

@@ -37,8 +37,13 @@ def make_inputs(
     )
 
 
-def random_inputs(seed: int, lengths: Sequence[int]) -> LossInputs:
-    """Sequences of these lengths, about a quarter of the tokens masked, ratios around the clip."""
+def random_inputs(
+    seed: int, lengths: Sequence[int], *, stretch: float = 1.0, behind: float | None = None
+) -> LossInputs:
+    """Sequences of these lengths, about a quarter of the tokens masked, ratios around the clip.
+
+    `stretch` multiplies all log-ratios; `behind` is put in every field behind the mask.
+    """
     generator = torch.Generator().manual_seed(seed)
     size = sum(lengths)
 
@@ -46,13 +51,17 @@ def random_inputs(seed: int, lengths: Sequence[int]) -> LossInputs:
         return scale * torch.randn(size, generator=generator, dtype=torch.float64)
 
     logprobs = -2 + noise(0.5)
-    old = logprobs + noise(0.15)
+    old = logprobs + stretch * noise(0.15)
+    fields = [logprobs, old, old + stretch * noise(0.1), logprobs + stretch * noise(0.3), noise(1.0)]
+    mask = torch.rand(size, generator=generator) > 0.25
+    if behind is not None:
+        fields = [values.masked_fill(~mask, behind) for values in fields]
     return LossInputs(
-        logprobs=logprobs.clone().requires_grad_(),
-        old_logprobs=old,
-        behavior_logprobs=old + noise(0.1),
-        ref_logprobs=logprobs + noise(0.3),
-        advantages=noise(1.0),
-        loss_mask=torch.rand(size, generator=generator) > 0.25,
+        logprobs=fields[0].requires_grad_(),
+        old_logprobs=fields[1],
+        behavior_logprobs=fields[2],
+        ref_logprobs=fields[3],
+        advantages=fields[4],
+        loss_mask=mask,
         sequence_ids=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
     )

@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 
-from asyncrl.losses import TIS, metric_sums
+from asyncrl.losses import TIS, Clip, metric_sums
 from tests.losses.cases import make_inputs, random_inputs
 from tests.losses.test_reduce import part
+
+CLIP = Clip(0.8, 1.2)
 
 
 def test_by_hand() -> None:
@@ -22,7 +24,7 @@ def test_by_hand() -> None:
         mask=[1, 1, 1, 0],
     )
     entropy = torch.tensor([1.0, 2.0, 3.0, math.inf])
-    found = metric_sums(inputs, eps_low=0.2, tis=TIS(cap=1.5), entropy=entropy).means()
+    found = metric_sums(inputs, clip=CLIP, tis=TIS(cap=1.5), entropy=entropy).means()
     assert found == pytest.approx(
         {
             "ppo_kl": ((1.5 - math.log(1.5) - 1) + (0.5 - math.log(0.5) - 1)) / 3,
@@ -41,7 +43,7 @@ def test_by_hand() -> None:
 
 def test_on_policy_is_exact() -> None:
     inputs = make_inputs(logprobs=[-1.0, -2.0, -0.1], advantages=[1.0, -1.0, 3.0], ref=[-1.0, -2.0, -0.1])
-    found = metric_sums(inputs, eps_low=0.2, tis=TIS()).means()
+    found = metric_sums(inputs, clip=CLIP, tis=TIS()).means()
     assert {name: found[name] for name in ("ppo_kl", "ref_kld", "behavior_kl", "ratio_mean", "ess")} == {
         "ppo_kl": 0.0,
         "ref_kld": 0.0,
@@ -54,13 +56,13 @@ def test_on_policy_is_exact() -> None:
 @pytest.mark.parametrize("tis", [None, TIS(), TIS(cap=1.05, level="sequence")])
 def test_microbatches_add_up(tis: TIS | None) -> None:
     inputs = random_inputs(seed=4, lengths=(5, 1, 9, 4))
-    whole = metric_sums(inputs, eps_low=0.1, eps_high=0.2, tis=tis).means()
+    whole = metric_sums(inputs, clip=Clip(0.9, 1.2), tis=tis).means()
     first, second = (
-        metric_sums(part(inputs, sequences), eps_low=0.1, eps_high=0.2, tis=tis) for sequences in ([0, 3], [1, 2])
+        metric_sums(part(inputs, sequences), clip=Clip(0.9, 1.2), tis=tis) for sequences in ([0, 3], [1, 2])
     )
     assert (first + second).means() == pytest.approx(whole, rel=1e-5)
 
 
 def test_no_loss_token_gives_no_metrics() -> None:
     inputs = make_inputs(logprobs=[-1.0], mask=[0])
-    assert metric_sums(inputs, eps_low=0.2).means() == {}
+    assert metric_sums(inputs, clip=CLIP).means() == {}

@@ -123,3 +123,15 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     events.Reload()
     assert events.Tags()["scalars"] == ["reward_mean"]
     assert [(event.step, event.value) for event in events.Scalars("reward_mean")] == [(1, 0.25), (2, 0.5)]
+
+
+def test_wandb_goes_where_the_config_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = fake_tracker(monkeypatch, "wandb")
+    monkeypatch.setenv("WANDB_PROJECT", "of the environment")
+    where = {"entity": "us", "project": "ours", "run_name": "first"}
+    open_sinks(["wandb"], tmp_path, Config(model="m", wandb=where)).close()
+    open_sinks(["wandb"], tmp_path, CONFIG).close()
+    assert [(run.settings["entity"], run.settings["project"], run.settings["name"]) for run in runs] == [
+        ("us", "ours", "first"),
+        (None, "of the environment", tmp_path.name),
+    ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -16,6 +18,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -26,6 +30,7 @@ from transformers import (
 )
 
 from asyncrl.config import Config
+from asyncrl.training import plan
 from asyncrl.training.trainer import TorchTrainer
 from asyncrl.types import TrainSequence
 
@@ -44,6 +49,7 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
     "initializer_range": 0.2,  # large, so that a wrong mask shows
 }
+GPT2_SHAPE: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
 
 
 @cache
@@ -56,6 +62,10 @@ def model_folder(kind: str) -> str:
         "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, tie_word_embeddings=True)),
         "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=6)),
         "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, sliding_window=6)),
+        # Learned positions, and no float32 inside: what is computed in float64 is exact.
+        "gpt2": lambda: GPT2LMHeadModel(
+            GPT2Config(**GPT2_SHAPE, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, initializer_range=0.2)
+        ),
         "gemma2": lambda: Gemma2ForCausalLM(
             Gemma2Config(**SHAPE, sliding_window=6, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
         ),
@@ -75,6 +85,15 @@ def make_trainer(kind: str = "llama", publish_folder: Path | None = None, **sett
         weights_format="tensors" if publish_folder is None else "files",
         publish_folder=publish_folder,
     )
+
+
+@contextmanager
+def everything_shared() -> Iterator[None]:
+    """Sequences share whatever they begin with in common, a single token too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "MIN_SHARED_TOKENS", 1)
+        patch.setattr(plan, "MIN_SHARED_PART", 0.0)
+        yield
 
 
 def token_lists(seed: int, lengths: Sequence[int]) -> list[list[int]]:

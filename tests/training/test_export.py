@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from asyncrl.training.export import prune
-from asyncrl.types import Weights
+from asyncrl.types import TrainSequence, Weights
 from tests.training.cases import fresh_model, make_trainer, plain_logprobs, token_lists, train_sequences, weights
 
 TOKENS = token_lists(5, (40,))[0]
@@ -79,6 +80,41 @@ def test_files_of_an_adapter(tmp_path: Path) -> None:
     assert sent.adapter
     assert sent.folder is not None
     agree(PeftModel.from_pretrained(fresh_model("llama"), sent.folder), trainer.forward([TOKENS])[0])
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3"])
+def test_tied_embeddings(kind: str, rank: int, tmp_path: Path) -> None:
+    """One tensor that reads and writes: it trains once, is saved once, and opens tied."""
+    trainer = trained(kind, rank, tmp_path)
+    causal_lm = trainer.policy.causal_lm
+    assert trainer.policy.head.weight is causal_lm.get_input_embeddings().weight
+    moved = not torch.equal(trainer.policy.head.weight, fresh_model(kind).get_input_embeddings().weight)
+    assert moved == (rank == 0)
+    folder = trainer.save_weights_for_sampler().folder
+    assert folder is not None
+    if rank:
+        opened = PeftModel.from_pretrained(fresh_model(kind), folder)
+    else:
+        opened = AutoModelForCausalLM.from_pretrained(folder)
+        names = load_file(folder / "model.safetensors").keys()
+        assert [name for name in names if "lm_head" in name or "embed_tokens" in name] == ["model.embed_tokens.weight"]
+    assert opened.get_output_embeddings().weight is opened.get_input_embeddings().weight
+    agree(opened, trainer.forward([TOKENS])[0])
+
+
+def test_the_gradient_of_a_tied_embedding_has_both_parts() -> None:
+    """As autograd has it through the model's own forward."""
+    trainer, model = make_trainer("qwen3"), fresh_model("qwen3")
+    sequence = TrainSequence(TOKENS, [0.0] * len(TOKENS), [1] * len(TOKENS), 0.0, group=0)
+    trainer.forward_backward_custom([sequence], lambda inputs: inputs.logprobs)
+    ids = torch.tensor([TOKENS])
+    logits = model(input_ids=ids).logits[0, :-1]
+    logits.log_softmax(dim=1).gather(1, ids[0, 1:, None]).sum().backward()
+    expected = model.get_input_embeddings().weight.grad
+    torch.testing.assert_close(
+        trainer.policy.causal_lm.get_input_embeddings().weight.grad, expected, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_publishing_a_version_again_replaces_it(tmp_path: Path) -> None:

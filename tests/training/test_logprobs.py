@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from asyncrl.training import logprobs
 from asyncrl.training.logprobs import Head, token_logprobs
 
 N, H, V = 23, 8, 31
@@ -92,6 +95,53 @@ def test_the_whole_logits_never_exist() -> None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         token_logprobs(hidden, Head(weight), targets, chunk_tokens=4).logprobs.sum().backward()
     assert max(sizes) <= max(V * H, N * H) < N * V
+
+
+def test_a_chunk_follows_from_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward hold the same number of logits for any N and V."""
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 4 * V + 3)
+    hidden, weight, _, targets = case()
+    sizes: list[tuple[int, ...]] = []
+    plain_logits = logprobs._logits
+
+    def noted(*arguments: Any) -> Any:
+        found = plain_logits(*arguments)
+        sizes.append(tuple(found[0].shape))
+        return found
+
+    monkeypatch.setattr(logprobs, "_logits", noted)
+    token_logprobs(hidden, Head(weight), targets).logprobs.sum().backward()
+    assert sizes == [(4, V)] * 5 + [(3, V)] + [(4, V)] * 5 + [(3, V)]
+    sizes.clear()
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 5)  # less than one token's
+    token_logprobs(hidden, Head(weight), targets)
+    assert sizes == [(1, V)] * N
+
+
+def test_a_token_that_cannot_be_has_no_entropy() -> None:
+    """p log p is 0 for a logit of -inf; a logit that is NaN is not hidden."""
+    hidden, weight, bias, targets = case()
+    bias = torch.zeros(V, dtype=torch.float64)
+    bias[3] = -torch.inf
+    found = token_logprobs(hidden, Head(weight.detach(), bias), targets % 3)
+    expected = (hidden @ weight.T + bias).log_softmax(dim=1)
+    entropy = -(expected.exp() * expected.masked_fill(expected.isinf(), 0.0)).sum(dim=1)
+    torch.testing.assert_close(found.entropy, entropy.detach(), rtol=1e-12, atol=1e-12)
+    bias[4] = torch.nan
+    found = token_logprobs(hidden, Head(weight.detach(), bias), targets)
+    assert found.entropy.isnan().all()
+    assert found.logprobs.isnan().all()
+
+
+@pytest.mark.parametrize("shift", [0.0, 300.0])
+def test_float32_is_exact_with_a_large_vocabulary(shift: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, hidden = torch.randn(50_000, 4, generator=generator), torch.randn(8, 4, generator=generator)
+    bias, targets = torch.full((50_000,), shift), torch.arange(8)
+    found = token_logprobs(hidden, Head(weight, bias), targets)
+    exact = token_logprobs(hidden.double(), Head(weight.double(), bias.double()), targets)
+    torch.testing.assert_close(found.logprobs.double(), exact.logprobs, rtol=0, atol=4e-7 * (12 + shift))
+    torch.testing.assert_close(found.entropy.double(), exact.entropy, rtol=0, atol=4e-7 * (12 + shift))
 
 
 def test_no_targets() -> None:

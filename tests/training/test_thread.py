@@ -95,7 +95,7 @@ class Slow:
         self._started, self._released, self._ended = threading.Event(), threading.Event(), threading.Event()
         self.release = self._released.set
         self.ended = self._ended.is_set
-        monkeypatch.setattr(TorchTrainer, "optim_step", lambda trainer: self._run())
+        monkeypatch.setattr(TorchTrainer, "optim_step", lambda trainer, normalization: self._run())
 
     def _run(self) -> None:
         self._started.set()

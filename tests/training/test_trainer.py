@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from asyncrl.config import Config
 from asyncrl.errors import ConfigError, TrainerError
-from asyncrl.losses import LossInputs, cross_entropy
+from asyncrl.losses import POLICY_LOSSES, LossInputs, cross_entropy
+from asyncrl.training import logprobs
 from asyncrl.training.model import PolicyModel
 from asyncrl.training.trainer import TorchTrainer
 from asyncrl.types import TrainSequence
 from tests.training.cases import (
+    VOCABULARY,
     fresh_model,
     gradients,
     make_trainer,
@@ -45,11 +48,17 @@ def step_in_double(
     return taken, dict(trainer.optim_step().metrics)
 
 
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_gradient_does_not_depend_on_the_cut(normalization: str | float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "normalization"),
+    [*(("grpo", normalization) for normalization in NORMALIZATIONS), *((name, "auto") for name in POLICY_LOSSES)],
+)
+def test_gradient_does_not_depend_on_the_cut(
+    name: str, normalization: str | float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sequences = train_sequences(0, LENGTHS)
     loss = {"normalization": normalization, "kl_beta": 0.0, "anchor": "rollout"}
-    whole, metrics = step_in_double([sequences], monkeypatch, loss=loss)
+    whole, metrics = step_in_double([sequences], monkeypatch, loss=loss, policy_loss=name)
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 7 * VOCABULARY)
     cuts = {
         "chunks": ([sequences[:3], sequences[3:4], sequences[4:]], 8192),
         "microbatches": ([sequences], 45),
@@ -57,11 +66,15 @@ def test_gradient_does_not_depend_on_the_cut(normalization: str | float, monkeyp
     }
     for chunks, budget in cuts.values():
         parts, found = step_in_double(
-            chunks, monkeypatch, loss=loss, trainer={"max_tokens_per_microbatch": budget, "logprob_chunk_tokens": 7}
+            chunks,
+            monkeypatch,
+            loss=loss,
+            policy_loss=name,
+            trainer={"max_tokens_per_microbatch": budget},
         )
         torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-9)
-        for name in ("loss", "grad_norm", "loss_tokens", "sequences", "train_tokens", "ratio_mean", "entropy"):
-            assert found[name] == pytest.approx(metrics[name], rel=1e-5)
+        for metric in ("loss", "grad_norm", "loss_tokens", "sequences", "train_tokens", "ratio_mean", "entropy"):
+            assert found[metric] == pytest.approx(metrics[metric], rel=1e-5)
 
 
 def test_denominators_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,9 +90,11 @@ def test_denominators_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
             assert norms[normalization][name] == pytest.approx(norms["none"][name] / divisor, rel=1e-9)
 
 
-def test_gradient_equals_a_plain_loop() -> None:
-    """One sample at a time through the model's own forward, -A log pi over the loss tokens (r = 1, w = 1)."""
-    trainer = make_trainer(loss={"kl_beta": 0.0, "tis_cap": None}, sampling={"temperature": 0.8})
+@pytest.mark.parametrize("name", sorted(POLICY_LOSSES))
+def test_gradient_equals_a_plain_loop(name: str) -> None:
+    """On policy every objective is REINFORCE: one sample at a time through the model's own forward, -A log pi."""
+    loss = {"kl_beta": 0.0, "tis_cap": None, "normalization": "num_loss_tokens"}
+    trainer = make_trainer(policy_loss=name, loss=loss, sampling={"temperature": 0.8})
     sequences = train_sequences(1, (12, 30, 7))
     model = fresh_model()
     tokens = sum(sum(sequence.loss_mask[1:]) for sequence in sequences)
@@ -117,16 +132,16 @@ def test_anchor_rollout_takes_the_ratio_to_the_sampler() -> None:
 @pytest.mark.parametrize("rank", [0, 4])
 def test_the_reference_is_the_model_at_the_start(rank: int) -> None:
     """After a step the policy has left it, and the reference gives the log-probs of the start."""
-    trainer = make_trainer(lora={"rank": rank}, loss={"kl_beta": 0.1})
-    sequences = train_sequences(0, LENGTHS)
-    start = trainer.forward([sequences[0].tokens])
     seen: list[LossInputs] = []
 
-    def spy(inputs: LossInputs) -> torch.Tensor:
+    def spy(inputs: LossInputs, *, kl_beta: float) -> torch.Tensor:
+        assert kl_beta == 0.1
         seen.append(inputs)
         return -inputs.logprobs * inputs.advantages
 
-    object.__setattr__(trainer._config, "policy_loss", spy)
+    trainer = make_trainer(lora={"rank": rank}, loss={"kl_beta": 0.1}, policy_loss=spy)
+    sequences = train_sequences(0, LENGTHS)
+    start = trainer.forward([sequences[0].tokens])
     for _ in range(2):
         trainer.forward_backward(sequences[:1])
         result = trainer.optim_step()
@@ -137,6 +152,59 @@ def test_the_reference_is_the_model_at_the_start(rank: int) -> None:
         torch.testing.assert_close(inputs.ref_logprobs, expected, rtol=0, atol=1e-5)
     assert (seen[1].logprobs - expected).abs().max() > 1e-3
     assert result.metrics["ref_kld"] > 0
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.3)])
+def test_the_frozen_copy_can_be_smaller_or_elsewhere(dtype: str, tolerance: float) -> None:
+    trainer = make_trainer(loss={"kl_beta": 0.1}, trainer={"reference_dtype": dtype, "reference_device": "cpu"})
+    assert trainer._reference is not None
+    copy = trainer._reference.model.causal_lm
+    assert {parameter.dtype for parameter in copy.parameters()} == {getattr(torch, dtype)}
+    assert not any(parameter.requires_grad for parameter in copy.parameters())
+    assert {parameter.dtype for parameter in trainer.policy.causal_lm.parameters()} == {torch.float32}
+    trainer.forward_backward(train_sequences(0, LENGTHS))
+    assert 0 <= trainer.optim_step().metrics["ref_kld"] < tolerance
+
+
+def test_a_reference_device_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"trainer.reference_device is 'cuda:93'"):
+        make_trainer(loss={"kl_beta": 0.1}, trainer={"reference_device": "cuda:93"})
+
+
+def test_a_custom_loss_sees_reference_and_groups() -> None:
+    trainer = make_trainer(loss={"kl_beta": 0.0})
+    with pytest.raises(ConfigError, match="made without a reference"):
+        trainer.forward_backward_custom(train_sequences(0, LENGTHS), cross_entropy, reference=True)
+    trainer = TorchTrainer(
+        Config(model=model_folder("llama")), total_steps=None, weights_format="tensors", reference=True
+    )
+    seen: list[LossInputs] = []
+
+    def spy(inputs: LossInputs) -> torch.Tensor:
+        seen.append(inputs)
+        return -inputs.logprobs
+
+    trainer.forward_backward_custom(train_sequences(0, LENGTHS), spy, reference=True, whole_groups=True)
+    (inputs,) = seen
+    assert inputs.ref_logprobs is not None
+    torch.testing.assert_close(inputs.ref_logprobs, inputs.logprobs.detach())
+    assert inputs.group_ids is not None
+    assert len(inputs.group_ids.unique()) == len(LENGTHS) // 2
+    pairs = {(int(s), int(g)) for s, g in zip(inputs.sequence_ids, inputs.group_ids, strict=True)}
+    assert len(pairs) == len(LENGTHS)
+
+
+def test_a_normalization_of_the_step_itself() -> None:
+    """The gradients are sums until the step divides them; those of `sequence_mean` are not."""
+    norms = {}
+    for normalization in (None, "none", 4.0):
+        trainer = make_trainer(optimizer={"grad_clip_norm": None})
+        trainer.forward_backward(train_sequences(0, (8, 5, 4)))
+        norms[normalization] = trainer.optim_step(normalization).metrics["grad_norm"]
+    assert norms["none"] == pytest.approx(norms[None] * 8) == pytest.approx(norms[4.0] * 4)
+    trainer.forward_backward(train_sequences(0, (8, 5, 4)))
+    with pytest.raises(ConfigError, match="cannot be normalised by 'sequence_mean' any more"):
+        trainer.optim_step("sequence_mean")
 
 
 def test_no_reference_without_a_kl() -> None:
@@ -196,8 +264,9 @@ def test_metrics_of_a_step() -> None:
     expected = {"learning_rate": 0.125, "train_tokens": 80, "sequences": 3, "microbatches": 2}
     assert {name: result.metrics[name] for name in expected} == pytest.approx(expected)
     assert result.metrics["loss_tokens"] == 80 - 3 * 3
-    # Lengths of one block are padded to its longest: 40 and 10 share one, 30 is alone.
-    assert result.metrics["pack_efficiency"] == pytest.approx(80 / (40 + 40 + 30))
+    assert result.metrics["row_tokens"] == 80 - 3  # the last token of a sequence predicts nothing
+    assert result.metrics["shared_tokens"] == 0
+    assert result.metrics["pack_efficiency"] == 1.0  # no two of these are similar enough to share a block
     assert all(result.metrics[name] > 0 for name in ("forward_s", "backward_s", "optimizer_s", "grad_norm", "entropy"))
 
 

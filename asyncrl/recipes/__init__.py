@@ -1,0 +1,1 @@
+"""One file per way of training: a `Config`, and `main(config, ...)`."""

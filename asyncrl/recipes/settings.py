@@ -1,0 +1,130 @@
+"""What `sft_loop`, `dpo_loop` and `orpo_loop` share: their fields, and how these become an `asyncrl.Config`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from asyncrl.config import Config as EngineConfig
+from asyncrl.config import Section, WandbConfig, explain
+from asyncrl.errors import ConfigError
+from asyncrl.recipes.mapping import SETTINGS, Settings, in_these_words, lay_over, nested
+from asyncrl.sections import NonNegativeFloat, NonNegativeInt
+
+OnTooLong = Literal["skip", "truncate", "error"]
+
+OWN_SETTINGS: Mapping[str, str] = {
+    "max_steps": "max_steps",
+    "warmup_steps": "optimizer.warmup_steps",
+    "weight_decay": "optimizer.weight_decay",
+}
+"""Field of these recipes -> setting of `asyncrl.Config`, beside those that all recipes share."""
+
+OF_THE_ADAPTER = frozenset({"lora_rank", "lora_alpha"})
+"""Those of `warm_start_from_adapter`, unless they are given: then they must be the same."""
+
+ENGINE_SECTIONS = ("trainer", "optimizer", "lora", "trackers", "wandb")
+"""The parts of `asyncrl.Config` that training without rollouts has a use for."""
+
+
+class SupervisedConfig(Section):
+    """The fields of the three recipes. Names that `async_rl_loop` has too mean the same there."""
+
+    log_path: Path | None = None
+    """The run folder. None: `runs/<time>`."""
+    base_model: str
+    """Name on the Hugging Face hub, or a folder."""
+    dataset: str | None = None
+    """A JSONL file; or pass `rows=` to `main`. docs/supervised.md has the shapes of rows."""
+    evaluation_dataset: str | None = None
+    """Held-out rows, measured before and after training; or pass `evaluation_rows=` to `main`."""
+    learning_rate: PositiveFloat = 2e-5
+    """Suits full fine-tuning; adapters take about ten times as much."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
+    """After the warm-up: stay, or fall towards 0 at the last step."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps from 0 up to `learning_rate`."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled (AdamW)."""
+    grad_clip_norm: PositiveFloat | None = 1.0
+    """Largest global gradient norm. None: no clipping."""
+    batch_size: PositiveInt = 32
+    """Rows (pairs, for preferences) of one optimizer step; the last batch of an epoch may be smaller. Memory does not
+    grow with it: `engine={"trainer": {"max_tokens_per_microbatch": ...}}` says what goes through the model at once."""
+    epochs: PositiveInt = 1
+    """Passes over the dataset."""
+    max_steps: PositiveInt | None = None
+    """Stop after so many optimizer steps. None: when the epochs are over."""
+    shuffle: bool = True
+    """A new order each epoch, from `seed`."""
+    seed: int = 0
+    """Of the data order and the initial adapter."""
+    max_rows: PositiveInt | None = None
+    """Use only the first so many rows."""
+    max_seq_len: PositiveInt | None = None
+    """Longest sequence in tokens. None: what the model allows, at most 8192."""
+    on_too_long: OnTooLong = "skip"
+    """What becomes of a row with a longer one: it is left out, or cut at its end (both are counted), or refused."""
+    lora_rank: NonNegativeInt = 0
+    """0 trains the full model."""
+    lora_alpha: PositiveFloat = 32.0
+    """The adapter's output is scaled by alpha / rank."""
+    warm_start_from_adapter: Path | None = None
+    """Folder of a saved `peft` adapter to go on from."""
+    output_model_id: str | None = None
+    """Folder of the trained model in the run folder. None: `model`."""
+    wandb: WandbConfig | None = None
+    """None: not used."""
+    engine: Mapping[str, Any] = {}
+    """Settings of `asyncrl.Config` that have no name here, from its sections `trainer`, `optimizer` and `lora`, and
+    `trackers`: `{"trainer": {"gradient_checkpointing": True}}`."""
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ConfigError(explain(error, type(self))) from None
+        self.engine_config()
+
+    @model_validator(mode="after")
+    def _engine_has_a_use(self) -> SupervisedConfig:
+        if useless := [name for name in self.engine if name not in ENGINE_SECTIONS]:
+            raise ValueError(
+                f"engine.{useless[0]} has no use in this recipe: there are no rollouts, and the objective is its own. "
+                f"Expected {', '.join(ENGINE_SECTIONS)}."
+            )
+        return self
+
+    def engine_config(self) -> EngineConfig:
+        """The same run as an `asyncrl.Config`, for the trainer and the run folder.
+
+        Raises:
+            ConfigError: what that refuses, with the names of both.
+        """
+        fields = self.fields()
+        settings: Settings = {"loss": {"kl_beta": 0.0}}
+        for field, path in fields.items():
+            name, _, leaf = field.partition(".")
+            if not self._is_left_out(name):
+                value = getattr(self, name)
+                nested(settings, path, getattr(value, leaf) if leaf else value)
+        if self.wandb is not None:
+            settings["trackers"] = ("wandb",)
+        lay_over(settings, self.engine, fields)
+        try:
+            return EngineConfig(**settings)
+        except ConfigError as error:
+            raise ConfigError(in_these_words(str(error), fields)) from None
+
+    def fields(self) -> dict[str, str]:
+        """Field of this recipe -> setting of `asyncrl.Config`."""
+        shared = {field: path for field, path in SETTINGS.items() if field.partition(".")[0] in type(self).model_fields}
+        return {**shared, **OWN_SETTINGS}
+
+    def _is_left_out(self, name: str) -> bool:
+        if name in OF_THE_ADAPTER and self.warm_start_from_adapter is not None:
+            return name not in self.model_fields_set
+        return getattr(self, name) is None and type(self).model_fields[name].default is None

@@ -1,0 +1,73 @@
+"""How a run ended: what `train` returns, what `summary.json` holds, and what is said last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from asyncrl.rollout.evaluation import EvalResult
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """How a run ended."""
+
+    run_dir: Path
+    steps: int
+    """Optimizer steps taken."""
+    rollouts: int
+    """Rollouts that ended, retries not counted."""
+    wall_s: float
+    """Training alone: without loading, warm-up and evaluation."""
+    worst_staleness: int
+    """Of any trained token, in optimizer steps."""
+    ledger: dict[str, int]
+    """What became of the prompts: trained, filtered, rejected, pending."""
+    interrupted: bool
+    """A signal ended the run before its time."""
+    before: EvalResult | None = None
+    """Evaluation of the model that the run started from."""
+    after: EvalResult | None = None
+    """Evaluation of the trained model."""
+    ended_early: str | None = None
+    """Why the run ended before its data and its steps did (`signal_patience_groups`); None: it did not."""
+    export_name: str = "model"
+
+    @property
+    def model_dir(self) -> Path:
+        """The trained model or adapter, as `transformers`, `peft` and vLLM open it (if `save_model`)."""
+        return self.run_dir / self.export_name
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "steps": self.steps,
+            "rollouts": self.rollouts,
+            "wall_s": round(self.wall_s, 3),
+            "worst_staleness": self.worst_staleness,
+            "interrupted": self.interrupted,
+            "ended_early": self.ended_early,
+            "reward_before": self.before.mean if self.before else None,
+            "reward_after": self.after.mean if self.after else None,
+            "ledger": self.ledger,
+        }
+
+    def why_nothing_was_trained(self) -> str | None:
+        """A warning for whoever waited for nothing."""
+        if self.steps or self.interrupted:
+            return None
+        return (
+            f"warning: nothing was trained. Of {self.ledger['admitted']} groups, {self.ledger['filtered']} were "
+            "filtered, because all rollouts of the group had the same reward, and "
+            f"{self.ledger['rejected']} were rejected, because too few of its rollouts gave a sample. Look at the "
+            "rewards of your rollout function, or start from a model that sometimes succeeds."
+        )
+
+    def last_words(self, *, saved: bool) -> str:
+        """One sentence on how it ended and where the model is."""
+        end = "stopped cleanly" if self.interrupted else "ended early" if self.ended_early else "finished"
+        why = f", because {self.ended_early}" if self.ended_early and not self.interrupted else ""
+        model = f"model: {self.model_dir}" if saved else "the model was not saved (save_model)"
+        return f"{end} after {self.steps} steps and {self.rollouts} rollouts in {self.wall_s:.0f} s{why}; {model}"

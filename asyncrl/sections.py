@@ -1,0 +1,308 @@
+"""The sections of a config: one class per concern, each setting with its meaning, its unit, and why that default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from asyncrl.saved_adapter import read_adapter
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, no unknown fields, docstrings as descriptions."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+class DataConfig(Section):
+    """Which rows are rolled out, in which order."""
+
+    epochs: PositiveInt = 1
+    """Passes over the dataset."""
+    shuffle: bool = True
+    """A new order each epoch, from `seed`."""
+    max_rows: PositiveInt | None = None
+    """Use only the first so many rows."""
+
+
+class SamplingConfig(Section):
+    """How the policy draws tokens while it is trained."""
+
+    max_tokens: PositiveInt = 1024
+    """Most tokens of one completion (one turn of an agent)."""
+    temperature: PositiveFloat = 1.0
+    """The trainer divides its logits by the same number. 0 is refused: greedy rollouts explore nothing."""
+    top_p: Fraction = 1.0
+    """Below 1 the sampler's distribution is truncated; the trainer does not replay that: watch `behavior_kl`."""
+    top_k: NonNegativeInt = 0
+    """0 is off. The same remark as for `top_p`."""
+
+    @field_validator("temperature", mode="before")
+    @classmethod
+    def _explores(cls, value: object) -> object:
+        if value in (0, "0"):
+            raise ValueError(
+                "sampling.temperature is 0: all rollouts of a prompt would be the same, so that no group carries "
+                "signal and exploration ends. Use a temperature above 0."
+            )
+        return value
+
+
+class RolloutConfig(Section):
+    """What happens around one call of the rollout function."""
+
+    timeout_s: PositiveFloat = 600.0
+    """Longest life of one rollout; then it is cancelled and counts as a recoverable failure."""
+    retries: NonNegativeInt = 2
+    """How often one group member is drawn again after a recoverable failure."""
+    min_group_size: PositiveInt = 1
+    """A group with fewer survivors is rejected."""
+    on_error: Literal["fail", "drop"] = "fail"
+    """An unknown exception, or a malformed sample, ends the run (`fail`), or is drawn again like a
+    recoverable failure (`drop`), at most `error_budget` times."""
+    error_budget: NonNegativeInt = 100
+    """Unknown exceptions that `on_error="drop"` forgives in one run."""
+
+
+class StalenessConfig(Section):
+    """How old the weights that drew a token may be when the token is trained."""
+
+    policy: Literal["wait", "pace"] = "wait"
+    """`wait`: a hard bound; a straggler is passed until its own bound is near, then waited for. `pace`: bounds the
+    mean, and never waits for a straggler; what becomes of tokens over the bound is `on_stale`."""
+    max_staleness: NonNegativeInt = 4
+    """O, in optimizer steps. 0 is on-policy. Published gains come at 1 to 4 already (docs/staleness.md)."""
+    on_stale: Literal["train", "mask", "requeue", "drop"] = "train"
+    """`pace` only, for tokens over the bound: train them; mask them (younger tokens of the sample still train);
+    roll the prompt out again; or drop the group."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StalenessConfig:
+        if self.policy == "wait" and self.on_stale != "train":
+            raise ValueError(
+                f"staleness.on_stale={self.on_stale!r} has no meaning with staleness.policy='wait': no token is "
+                "ever over the bound there. Use policy='pace', or leave on_stale out."
+            )
+        return self
+
+
+class ConcurrencyConfig(Section):
+    """How many rollouts run at once. `min_window == max_window` is a fixed window."""
+
+    min_window: PositiveInt = 1
+    """Never fewer."""
+    max_window: PositiveInt = 4096
+    """Never more."""
+    initial_window: PositiveInt = 16
+    """The cold start. Clamped into [min_window, max_window]."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ConcurrencyConfig:
+        if self.min_window > self.max_window:
+            raise ValueError(
+                f"concurrency.min_window is {self.min_window} and max_window is {self.max_window}: "
+                "min_window must not be larger."
+            )
+        return self
+
+
+class SamplerConfig(Section):
+    """Where tokens come from."""
+
+    kind: Literal["auto", "vllm", "transformers"] = "auto"
+    """`vllm`: a vLLM server, started here or found at `urls`. `transformers`: embedded in this process.
+    `auto`: vLLM on a CUDA machine that has it installed, or when `urls` are given; else embedded."""
+    urls: tuple[str, ...] = ()
+    """Running vLLM servers to use instead of starting some."""
+    replicas: PositiveInt = 1
+    """vLLM servers to start. Each rollout stays on one of them."""
+    port: NonNegativeInt = 0
+    """First port of the servers that are started; 0 picks free ones."""
+    in_flight: Literal["interrupt", "keep", "drain"] = "keep"
+    """Full weights only. What a hot-load does to requests in flight: stop them and compute their past again
+    under the new weights; go on over the old KV cache; or wait until they have ended."""
+    version_policy: Literal["per_turn", "per_rollout"] = "per_turn"
+    """`per_turn`: every request uses the newest weights. `per_rollout`: a rollout keeps the weights it began
+    with (needs LoRA, or the embedded sampler)."""
+    max_running: PositiveInt | None = None
+    """Most requests that the engine decodes at once. None: vLLM's own default; embedded: 64 on CPU, 256 on GPU."""
+    gpu_memory_utilization: Fraction = 0.45
+    """Share of the GPU that vLLM may take; the trainer lives beside it on a machine with one GPU."""
+    kv_cache_bytes: PositiveInt = 1 << 28
+    """Size of vLLM's KV cache on a CPU."""
+    extra_args: tuple[str, ...] = ()
+    """Further arguments for `vllm serve`."""
+    start_timeout_s: PositiveFloat = 600.0
+    """How long a server may take until it is ready."""
+    request_timeout_s: PositiveFloat = 600.0
+    """How long one request may take."""
+
+
+POLICY_LOSS_NAMES = ("grpo", "importance_sampling", "reinforce", "dapo", "gspo", "gspo_token", "cispo", "dro")
+
+CLIPPED = ("grpo", "importance_sampling", "dapo", "gspo", "gspo_token", "cispo")
+LOSS_SETTING_OWNERS: dict[str, tuple[str, ...]] = {
+    "eps_low": CLIPPED,
+    "eps_high": CLIPPED,
+    "kl_beta": ("grpo",),
+    "dual_clip": ("dapo",),
+    "dro_beta": ("dro",),
+}
+"""Settings of `LossConfig` that only some objectives have."""
+
+
+class LossConfig(Section):
+    """The objective: docs/objectives.md has the formulas. None leaves a setting to the objective."""
+
+    eps_low: NonNegativeFloat | None = None
+    """The ratio is clipped below 1 - eps_low. None: 0.2; for `gspo` 3e-4; no clip for `importance_sampling`."""
+    eps_high: NonNegativeFloat | None = None
+    """... and above 1 + eps_high. None: `grpo` as `eps_low`; `dapo`, `cispo` 0.28; `gspo` 4e-4."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """`dapo` only: where the advantage is negative, the loss of a token is at most so many times its size."""
+    kl_beta: NonNegativeFloat | None = None
+    """Weight of the KL to the reference model. None: 0.001 for `grpo`, 0 for all others. 0: no reference model."""
+    dro_beta: NonNegativeFloat | None = None
+    """`dro` only: how strongly the log-probs are held to the anchor. None: 0.05."""
+    anchor: Literal["old_policy", "rollout"] = "old_policy"
+    """What the ratio is taken against: the trainer's own log-probs before this step, or the sampler's."""
+    tis_cap: NonNegativeFloat | None = 5.0
+    """Cap of the importance weight old / behaviour. None switches the weights off."""
+    tis_level: Literal["token", "sequence"] = "token"
+    """One weight per token, or the geometric mean of the sequence for each of its tokens."""
+    tis_icepop: Annotated[float, Field(ge=1)] | None = None
+    """c: tokens whose old / behaviour is outside [1/c, c] are left out of the loss."""
+    tis_mis: tuple[NonNegativeFloat, PositiveFloat] | None = None
+    """(low, high): sequences whose geometric mean of old / behaviour is outside are left out of the loss."""
+    normalization: Literal["auto", "num_loss_tokens", "num_sequences", "sequence_mean", "none"] | PositiveFloat = "auto"
+    """What the summed loss is divided by, over the whole optimizer batch; a number is a constant (Dr. GRPO).
+    `auto`: `sequence_mean` for `gspo` and `gspo_token`, else `num_loss_tokens`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LossConfig:
+        if self.tis_cap == 0:
+            raise ValueError(
+                "loss.tis_cap is 0: every weight would be 0, and the loss silent. Use a cap above 0, such as 5, or "
+                "None to switch the weights off."
+            )
+        if self.tis_icepop is not None and self.tis_level == "sequence":
+            raise ValueError(
+                f"loss.tis_icepop={self.tis_icepop:g} leaves out single tokens, but loss.tis_level is 'sequence'. "
+                "Use tis_level='token', or loss.tis_mis to leave out sequences."
+            )
+        if self.tis_mis is not None and not self.tis_mis[0] < self.tis_mis[1]:
+            raise ValueError(f"loss.tis_mis is {self.tis_mis}. Expected (low, high) with low < high.")
+        if self.anchor == "rollout" and (self.tis_icepop is not None or self.tis_mis is not None):
+            raise ValueError(
+                "loss.tis_icepop and loss.tis_mis look at old / behaviour, which is 1 everywhere with "
+                "loss.anchor='rollout': they would filter nothing. Use anchor='old_policy'."
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    learning_rate: PositiveFloat = 1e-5
+    """Of AdamW. The default suits full fine-tuning; adapters take about ten times as much."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: stay, or fall towards `min_rate_ratio` at the last step."""
+    min_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The share of `learning_rate` that a falling schedule ends at."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps from 0 up to `learning_rate`."""
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """Decay of the means of the gradient and of its square. 0.95: the gradients of RL are noisy and change."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second mean."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled (AdamW). Off: it would pull the policy away from the model that it started from."""
+    grad_clip_norm: PositiveFloat | None = 1.0
+    """Largest global gradient norm. None: no clipping."""
+    state_bits: Literal[32, 8] = 32
+    """Of both means of a matrix; those of vectors have 32. 8 takes a quarter of their memory, by `bitsandbytes`."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters by `peft`."""
+
+    rank: NonNegativeInt = 0
+    """0 trains the full model."""
+    alpha: PositiveFloat = 32.0
+    """The adapter's output is scaled by alpha / rank."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Modules that get an adapter, as `peft` names them."""
+    warm_start: Path | None = None
+    """Folder of a saved `peft` adapter to go on from: rank, alpha and targets are those it was saved with. It is
+    version 0, and what a KL refers to."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_saved(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict) or settings.get("warm_start") is None:
+            return settings
+        saved = read_adapter(Path(settings["warm_start"]))
+        facts = {"rank": saved.rank, "alpha": saved.alpha, "targets": saved.targets}
+        for name, found in facts.items():
+            given = settings.get(name, found)
+            same = tuple(sorted(given)) == found if isinstance(given, list | tuple) else given == found
+            if not same:
+                raise ValueError(
+                    f"lora.{name} is {given!r}, but the adapter of lora.warm_start in {str(saved.folder)!r} has "
+                    f"{found!r}. Leave lora.{name} out: it is read from there."
+                )
+        return {**settings, **facts}
+
+
+class TrainerConfig(Section):
+    """Where and how the model is trained."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """`auto`: CUDA where there is one, then Apple's MPS, then the CPU."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the computation: `auto` is bf16 autocast over float32 weights on CUDA, float32 elsewhere."""
+    max_tokens_per_microbatch: PositiveInt = 8192
+    """Tokens that go through the model at once. Memory grows with it, results do not change."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice to keep fewer of them."""
+    reference_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen copy that a full fine-tune keeps for a KL. `auto`: as it is computed in."""
+    reference_device: str | None = None
+    """Where that copy lies, such as "cpu" or "cuda:1". None: with the trained model."""
+    share_prompts: bool = True
+    """Compute what sequences of a group have in common once instead of once for each. Results do not change."""
+    compile: bool = False
+    """Run the model's layers through `torch.compile`: slow first steps, faster later ones on a GPU."""
+
+
+class PublishConfig(Section):
+    """How new weights reach the sampler."""
+
+    weight_sync_interval: NonNegativeInt = 1
+    """N: optimizer steps from one hot-load to the next. 0: the sampler keeps the weights it began with."""
+    timeout_s: PositiveFloat = 600.0
+    """Longest hot-load."""
+    canary: bool = True
+    """After each hot-load, sampler and trainer must agree on the log-probs of a fixed probe."""
+    canary_tolerance: PositiveFloat | None = None
+    """Largest difference. None: 1e-3 in float32, 0.25 in bfloat16 (rounding differs from kernel to kernel)."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases, when `trackers` names it. Where a setting is None, the variables of `wandb` rule."""
+
+    entity: str | None = None
+    """The user or team that owns the run."""
+    project: str | None = None
+    """None: `WANDB_PROJECT`, or else `asyncrl`."""
+    run_name: str | None = None
+    """None: the name of the run folder."""

@@ -158,10 +158,8 @@ def _read(path: Path) -> dict[Cell, dict[str, Any]]:
 
 def _print_table(rows: Iterable[tuple[str, int]], runs: list[dict[str, Any]]) -> None:
     """As markdown, with the spread over the seeds."""
-    print(
-        "\n| objective | bound | accuracy, each seed | mean | reward over the run | staleness mean, max | steps | time, s |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    columns = "objective", "bound", "accuracy, each seed", "mean", "over the run", "staleness: mean, max", "steps", "s"
+    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name, bound in rows:
         found = [one for one in runs if (one["name"], one["bound"]) == (name, bound)]
 

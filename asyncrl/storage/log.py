@@ -19,6 +19,9 @@ from asyncrl.metrics.jsonl import encode
 
 EventDict = MutableMapping[str, Any]
 
+QUIETED = logging.getLogger("bitsandbytes")
+"""`peft` imports it wherever it is installed, and it warns of kernels that nothing here uses."""
+
 
 def to_stderr(text: str) -> None:
     """Looks `sys.stderr` up at each call: the live view puts itself in its place."""
@@ -28,7 +31,8 @@ def to_stderr(text: str) -> None:
 @contextmanager
 def open_log(path: Path, echo: Callable[[str], None] = to_stderr) -> Iterator[structlog.typing.FilteringBoundLogger]:
     """Log to `path` until the block ends. `echo` gets one line of text for each warning or error."""
-    before = structlog.get_config()
+    before, level = structlog.get_config(), QUIETED.level
+    QUIETED.setLevel(logging.ERROR)
     with path.open("a", encoding="utf-8", buffering=1) as file:
         structlog.configure(
             processors=[
@@ -47,6 +51,7 @@ def open_log(path: Path, echo: Callable[[str], None] = to_stderr) -> Iterator[st
             yield structlog.get_logger()
         finally:
             structlog.configure(**before)
+            QUIETED.setLevel(level)
 
 
 class _Echo:

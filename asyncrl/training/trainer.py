@@ -75,14 +75,19 @@ class TorchTrainer:
         check_schedule(config.optimizer, total_steps)
         self._config, self._total_steps = config, total_steps
         self._weights_format, self._publish_folder = weights_format, publish_folder
+        self._loss = find_policy_loss(config.policy_loss)
+        self._settings = accepted_settings(self._loss, loss_settings(config))
+        self._clip = clip_of(self._loss, self._settings)
+        if config.kl_beta and "kl_beta" not in self._settings:  # a function that the config knew by its name alone
+            raise ConfigError(
+                f"loss.kl_beta is {config.kl_beta:g}, but policy_loss={config.policy_loss!r} takes no `kl_beta`: the "
+                "reference model would be loaded for nothing. Give the function that parameter, or leave kl_beta out."
+            )
         self._policy = load_policy(config)
         referenced = config.kl_beta > 0 if reference is None else reference
         self._reference = make_reference(self._policy, config.trainer) if referenced else None
         self._parameters = self._policy.trained_parameters()
         self._optimizer = make_optimizer(self._parameters, config.optimizer)
-        self._loss = find_policy_loss(config.policy_loss)
-        self._settings = accepted_settings(self._loss, loss_settings(config))
-        self._clip = clip_of(self._loss, self._settings)
         self._step = 0
         self._batch = self._new_batch()
         self._probe = _spread_tokens(self._policy.vocab_size)

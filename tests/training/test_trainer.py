@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -205,6 +206,12 @@ def test_a_normalization_of_the_step_itself() -> None:
     trainer.forward_backward(train_sequences(0, (8, 5, 4)))
     with pytest.raises(ConfigError, match="cannot be normalised by 'sequence_mean' any more"):
         trainer.optim_step("sequence_mean")
+
+
+def test_a_loss_by_reference_that_has_no_kl(tmp_path: Path) -> None:
+    (tmp_path / "no_kl.py").write_text("def mine(inputs):\n    return -inputs.logprobs\n")
+    with pytest.raises(ConfigError, match="takes no `kl_beta`"):
+        make_trainer(policy_loss=f"{tmp_path}/no_kl.py:mine", loss={"kl_beta": 0.1})
 
 
 def test_no_reference_without_a_kl() -> None:

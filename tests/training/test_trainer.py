@@ -34,11 +34,24 @@ LENGTHS = (40, 33, 21, 20, 20, 9, 4, 3)
 NORMALIZATIONS = ["num_loss_tokens", "num_sequences", "sequence_mean", "none", 50.0]
 
 
+def with_shared_prompts(sequences: Sequence[TrainSequence], prompt: int) -> list[TrainSequence]:
+    """The second of each group begins as the first does, loss tokens included, where both are that long."""
+    return [
+        replace(one, tokens=[*sequences[index - index % 2].tokens[:prompt], *one.tokens[prompt:]])
+        if len(one.tokens) > prompt
+        else one
+        for index, one in enumerate(sequences)
+    ]
+
+
 def step_in_double(
     chunks: Sequence[Sequence[TrainSequence]], monkeypatch: pytest.MonkeyPatch, **settings: Any
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Normalised gradients and metrics of one optimizer batch, computed in float64."""
-    trainer = make_trainer(optimizer={"grad_clip_norm": None}, **settings)
+    """Normalised gradients and metrics of one optimizer batch, computed in float64.
+
+    GPT-2, because the norms of younger models compute in float32 inside, whatever they are given.
+    """
+    trainer = make_trainer("gpt2", optimizer={"grad_clip_norm": None}, **settings)
     trainer.policy.causal_lm.double()
     object.__setattr__(trainer.policy, "compute_dtype", torch.float64)
     monkeypatch.setattr(PolicyModel, "autocast", lambda self: torch.enable_grad())
@@ -56,16 +69,18 @@ def step_in_double(
 def test_gradient_does_not_depend_on_the_cut(
     name: str, normalization: str | float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sequences = train_sequences(0, LENGTHS)
+    sequences = with_shared_prompts(train_sequences(0, LENGTHS), 14)
     loss = {"normalization": normalization, "kl_beta": 0.0, "anchor": "rollout"}
-    whole, metrics = step_in_double([sequences], monkeypatch, loss=loss, policy_loss=name)
+    apart = {"share_prompts": False}
+    whole, metrics = step_in_double([sequences], monkeypatch, loss=loss, policy_loss=name, trainer=apart)
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 7 * VOCABULARY)
     cuts = {
+        "prompts shared": ([sequences], 8192),
         "chunks": ([sequences[:3], sequences[3:4], sequences[4:]], 8192),
         "microbatches": ([sequences], 45),
         "both, shuffled": ([sequences[5:], sequences[:5][::-1]], 1),
     }
-    for chunks, budget in cuts.values():
+    for cut, (chunks, budget) in cuts.items():
         parts, found = step_in_double(
             chunks,
             monkeypatch,
@@ -75,7 +90,9 @@ def test_gradient_does_not_depend_on_the_cut(
         )
         torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-9)
         for metric in ("loss", "grad_norm", "loss_tokens", "sequences", "train_tokens", "ratio_mean", "entropy"):
-            assert found[metric] == pytest.approx(metrics[metric], rel=1e-5)
+            assert found[metric] == pytest.approx(metrics[metric], rel=1e-5), cut
+        assert (found["shared_tokens"] > 0) == (cut != "both, shuffled"), cut
+    assert metrics["shared_tokens"] == 0
 
 
 def test_denominators_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,14 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import PositiveInt, ValidationError, model_validator
+from pydantic import PositiveInt, model_validator
 
 import asyncrl
-from asyncrl.config import Config as EngineConfig
-from asyncrl.config import Section, WandbConfig, explain
 from asyncrl.data import Rows
-from asyncrl.errors import ConfigError
-from asyncrl.recipes.mapping import Settings, in_these_words, lay_over, nested
+from asyncrl.recipes.base import RecipeConfig
+from asyncrl.recipes.mapping import Settings, nested
 from asyncrl.recipes.policy import chosen_rollout, require_rows
 
 Method = Literal["grpo", "dapo", "gspo-token"]
@@ -97,7 +95,7 @@ SETTINGS: Mapping[str, str] = {
 """Parameter -> setting of `asyncrl.Config`. `method`, `kl_beta`, `batch_size` and `wandb` have several."""
 
 
-class Config(Section):
+class Config(RecipeConfig):
     """All parameters. Frozen, and checked when it is made."""
 
     base_model: str
@@ -129,16 +127,6 @@ class Config(Section):
     output_model_id: str | None = None
     """The folder of the trained adapter in the run folder."""
     seed: int = 0
-    wandb: WandbConfig | None = None
-    engine: Mapping[str, Any] = {}
-    """Settings of `asyncrl.Config` that have no name here: `{"sampler": {"replicas": 2}}`."""
-
-    def __init__(self, **settings: Any) -> None:
-        try:
-            super().__init__(**settings)
-        except ValidationError as error:
-            raise ConfigError(explain(error, type(self))) from None
-        self.engine_config()
 
     @property
     def sequence_tokens(self) -> int:
@@ -173,28 +161,19 @@ class Config(Section):
             raise ValueError(f"loss_config.kl_beta must be 0/unset when method is {method}")
         return self
 
-    def engine_config(self, **more: Any) -> EngineConfig:
-        """The same run as an `asyncrl.Config`. `more` are settings of that which only Python has."""
+    def fields(self) -> dict[str, str]:
+        return {"method": "policy_loss", "batch_size": "prompt_groups_per_step", **SETTINGS}
+
+    def settings(self) -> Settings:
         preset = METHODS[self.method]
-        settings: Settings = {
-            "policy_loss": preset["policy_loss"],
-            "loss": dict(preset["loss"]),
-            "prompt_groups_per_step": self.prompt_groups_per_step,
-            "max_seq_len": self.sequence_tokens,
-        }
+        settings: Settings = {"policy_loss": preset["policy_loss"], "loss": dict(preset["loss"])}
         if self.kl_beta:
             nested(settings, "loss.kl_beta", self.kl_beta)
         for name, path in SETTINGS.items():
             if getattr(self, name) is not None:
                 nested(settings, path, getattr(self, name))
-        if self.wandb is not None:
-            settings |= {"wandb": self.wandb, "trackers": ("wandb",)}
-        taken = {"method": "policy_loss", "batch_size": "prompt_groups_per_step", **SETTINGS}
-        lay_over(settings, self.engine, taken)
-        try:
-            return EngineConfig(**settings, **more)
-        except ConfigError as error:
-            raise ConfigError(in_these_words(str(error), taken)) from None
+        settings |= {"prompt_groups_per_step": self.prompt_groups_per_step, "max_seq_len": self.sequence_tokens}
+        return settings if self.wandb is None else {**settings, "wandb": self.wandb}
 
 
 def main(

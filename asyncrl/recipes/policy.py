@@ -7,23 +7,14 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BeforeValidator, PositiveFloat, PositiveInt, model_validator
 
 import asyncrl
-from asyncrl.config import Config as EngineConfig
-from asyncrl.config import Section, WandbConfig, explain
+from asyncrl.config import Section, WandbConfig
 from asyncrl.data import Rows
 from asyncrl.errors import ConfigError
-from asyncrl.recipes.mapping import (
-    NO_MEANING,
-    REFUSED,
-    SETTINGS,
-    WHEN_GIVEN,
-    Settings,
-    in_these_words,
-    lay_over,
-    nested,
-)
+from asyncrl.recipes.base import RecipeConfig
+from asyncrl.recipes.mapping import NO_MEANING, REFUSED, WHEN_GIVEN, Settings
 from asyncrl.rollout.factory import is_async, with_extras
 from asyncrl.sections import NonNegativeFloat, NonNegativeInt
 
@@ -48,7 +39,7 @@ def _as_tis(value: Any) -> Any:
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
-class PolicyConfig(Section):
+class PolicyConfig(RecipeConfig):
     """The fields of both recipes. docs/recipes.md says what each is in `asyncrl.Config`."""
 
     log_path: Path | None = None
@@ -86,21 +77,10 @@ class PolicyConfig(Section):
     weight_sync_interval: NonNegativeInt = 1
     weight_sync_timeout: PositiveFloat = 600.0
     dcp_save_interval: NonNegativeInt = 0
-    wandb: WandbConfig | None = None
-    """None: not used."""
     init_from_checkpoint: str | None = None
     warm_start_from_adapter: Path | None = None
     save_final_checkpoint: bool = True
     output_model_id: str | None = None
-    engine: Mapping[str, Any] = {}
-    """Settings of `asyncrl.Config` that have no name in this recipe: `{"sampler": {"replicas": 2}}`."""
-
-    def __init__(self, **settings: Any) -> None:
-        try:
-            super().__init__(**settings)
-        except ValidationError as error:
-            raise ConfigError(explain(error, type(self))) from None
-        self.engine_config()
 
     @model_validator(mode="before")
     @classmethod
@@ -123,37 +103,12 @@ class PolicyConfig(Section):
             )
         return self
 
-    def engine_config(self, **more: Any) -> EngineConfig:
-        """The same run as an `asyncrl.Config`. `more` are settings of that which only Python has.
+    def settings(self) -> Settings:
+        found = super().settings()
+        return {**found, "staleness": self._staleness() | found.get("staleness", {})}
 
-        Raises:
-            ConfigError: what it refuses, with the names of both.
-        """
-        settings = self._mapped()
-        lay_over(settings, self.engine, self._fields())
-        settings["staleness"] = self._staleness() | settings.get("staleness", {})
-        if self.wandb is not None:
-            settings["trackers"] = tuple(dict.fromkeys(("wandb", *settings.get("trackers", ()))))
-        try:
-            return EngineConfig(**settings, **more)
-        except ConfigError as error:
-            raise ConfigError(in_these_words(str(error), self._fields())) from None
-
-    def _fields(self) -> dict[str, str]:
-        """The part of the table that this recipe has."""
-        return {field: path for field, path in SETTINGS.items() if field.partition(".")[0] in type(self).model_fields}
-
-    def _mapped(self) -> Settings:
-        settings: Settings = {}
-        for field, path in self._fields().items():
-            name, _, leaf = field.partition(".")
-            value = getattr(self, name)
-            if name in WHEN_GIVEN and name not in self.model_fields_set:
-                continue
-            if value is None and type(self).model_fields[name].default is None:
-                continue
-            nested(settings, path, getattr(value, leaf) if leaf else value)
-        return settings
+    def is_left_out(self, name: str) -> bool:
+        return (name in WHEN_GIVEN and name not in self.model_fields_set) or super().is_left_out(name)
 
     def _staleness(self) -> Settings:
         """What the engine's section of that name is, from when weights are synchronised."""

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 
-from asyncrl.config import Config as EngineConfig
-from asyncrl.config import Section, WandbConfig, explain
-from asyncrl.errors import ConfigError
-from asyncrl.recipes.mapping import SETTINGS, Settings, in_these_words, lay_over, nested
+from asyncrl.recipes.base import RecipeConfig
+from asyncrl.recipes.mapping import Settings
 from asyncrl.sections import NonNegativeFloat, NonNegativeInt
 
 OnTooLong = Literal["skip", "truncate", "error"]
@@ -30,7 +28,7 @@ ENGINE_SECTIONS = ("trainer", "optimizer", "lora", "trackers", "wandb")
 """The parts of `asyncrl.Config` that training without rollouts has a use for."""
 
 
-class SupervisedConfig(Section):
+class SupervisedConfig(RecipeConfig):
     """The fields of the three recipes. Names that `async_rl_loop` has too mean the same there."""
 
     log_path: Path | None = None
@@ -76,18 +74,9 @@ class SupervisedConfig(Section):
     """Folder of a saved `peft` adapter to go on from."""
     output_model_id: str | None = None
     """Folder of the trained model in the run folder. None: `model`."""
-    wandb: WandbConfig | None = None
-    """None: not used."""
     engine: Mapping[str, Any] = {}
     """Settings of `asyncrl.Config` that have no name here, from its sections `trainer`, `optimizer` and `lora`, and
     `trackers`: `{"trainer": {"gradient_checkpointing": True}}`."""
-
-    def __init__(self, **settings: Any) -> None:
-        try:
-            super().__init__(**settings)
-        except ValidationError as error:
-            raise ConfigError(explain(error, type(self))) from None
-        self.engine_config()
 
     @model_validator(mode="after")
     def _engine_has_a_use(self) -> SupervisedConfig:
@@ -98,33 +87,13 @@ class SupervisedConfig(Section):
             )
         return self
 
-    def engine_config(self) -> EngineConfig:
-        """The same run as an `asyncrl.Config`, for the trainer and the run folder.
-
-        Raises:
-            ConfigError: what that refuses, with the names of both.
-        """
-        fields = self.fields()
-        settings: Settings = {"loss": {"kl_beta": 0.0}}
-        for field, path in fields.items():
-            name, _, leaf = field.partition(".")
-            if not self._is_left_out(name):
-                value = getattr(self, name)
-                nested(settings, path, getattr(value, leaf) if leaf else value)
-        if self.wandb is not None:
-            settings["trackers"] = ("wandb",)
-        lay_over(settings, self.engine, fields)
-        try:
-            return EngineConfig(**settings)
-        except ConfigError as error:
-            raise ConfigError(in_these_words(str(error), fields)) from None
-
     def fields(self) -> dict[str, str]:
-        """Field of this recipe -> setting of `asyncrl.Config`."""
-        shared = {field: path for field, path in SETTINGS.items() if field.partition(".")[0] in type(self).model_fields}
-        return {**shared, **OWN_SETTINGS}
+        return {**super().fields(), **OWN_SETTINGS}
 
-    def _is_left_out(self, name: str) -> bool:
+    def settings(self) -> Settings:
+        return {"loss": {"kl_beta": 0.0}, **super().settings()}
+
+    def is_left_out(self, name: str) -> bool:
         if name in OF_THE_ADAPTER and self.warm_start_from_adapter is not None:
             return name not in self.model_fields_set
-        return getattr(self, name) is None and type(self).model_fields[name].default is None
+        return super().is_left_out(name)

@@ -55,6 +55,9 @@ def make_model(folder: Path, *, seed: int, steps: int = WARM_STEPS) -> Path:
     First it learns the task well, then from the clumsy agent. Learning to copy numbers takes a transformer of this
     size most of the time, and does not succeed where half of what it sees is copied from the wrong place.
     """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     blank, warm_start, start = folder / "blank-model", folder / "warm-start", folder / "start-model"
     for leftover in (warm_start, start):  # of a demo that was stopped here
         shutil.rmtree(leftover, ignore_errors=True)

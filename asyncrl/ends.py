@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from asyncrl.config import Config
+from asyncrl.installation import auto_sampler, inspect_installation
 from asyncrl.model_facts import ModelFacts
 from asyncrl.saved_adapter import SETTINGS, WEIGHTS, read_adapter
 from asyncrl.types import Sampler, Weights
@@ -24,11 +24,9 @@ def choose_sampler(config: Config) -> tuple[Literal["vllm", "transformers"], str
         return "vllm", "sampler.urls are given"
     if config.sampler.kind != "auto":
         return config.sampler.kind, "sampler.kind says so"
-    if device_type(config) == "cuda" and importlib.util.find_spec("vllm") is not None:
-        return "vllm", "there is a CUDA device and vLLM is installed"
-    if device_type(config) == "cuda":
-        return "transformers", "vLLM is not installed; it would be several times faster: docs/vllm.md"
-    return "transformers", "there is no CUDA device, and the embedded sampler needs no server"
+    if device_type(config) != "cuda":
+        return "transformers", "the model is trained on no CUDA device, and the embedded sampler needs no server"
+    return auto_sampler(inspect_installation())
 
 
 def canary_tolerance(config: Config) -> float | None:

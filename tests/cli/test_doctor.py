@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from asyncrl.cli.doctor import GIB, Check, Device, Installation, examine, inspect_installation, print_report
+from asyncrl.cli.doctor import GIB, Check, examine, print_report
+from asyncrl.installation import Device, Installation, inspect_installation
 
 OWN = ["torch>=2.11", "transformers<5.20,>=5.16.1", 'vllm<0.33,>=0.32; extra == "vllm"']
 VLLM = ["torch==2.13.0", "transformers<5.20.0,>=5.16.1", "torchvision"]

@@ -9,11 +9,12 @@ from asyncrl.cli.config import load_config
 from asyncrl.cli.rollout_fn import load_rollout
 from asyncrl.cli.train import require_dataset
 from asyncrl.errors import ConfigError
+from asyncrl.rollout.evaluation import Estimate
 from asyncrl.storage.folder import RunFolder
 
 
 def evaluate(target: str, dataset: str | None, samples: int, overrides: Sequence[str]) -> int:
-    """Print the mean reward with its confidence interval; returns the exit code.
+    """Print the mean reward and, of several rollouts of a row, pass@k, with their intervals; returns the exit code.
 
     A run folder is evaluated with its final model, a config file with the model that it names.
     """
@@ -30,8 +31,17 @@ def evaluate(target: str, dataset: str | None, samples: int, overrides: Sequence
     from asyncrl.run import evaluate as measure
 
     result = measure(rollout, dataset=rows, config=config, samples=samples)
-    print(f"mean reward {result.mean:.4f} [{result.ci_low:.4f}, {result.ci_high:.4f}] (95%, {result.n} rollouts)")
+    print(f"mean reward {_told(result.reward)} (95%, {result.n} rollouts)")
+    powers = [1 << power for power in range(samples.bit_length())]
+    for k in powers if samples > 1 else []:
+        print(
+            f"pass@{k} {_told(result.pass_at(k))}" + (" (a pass is a reward of at least 1)" if k == powers[-1] else "")
+        )
     return 0
+
+
+def _told(estimate: Estimate) -> str:
+    return f"{estimate.mean:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"
 
 
 def _final_model(root: Path) -> Path:

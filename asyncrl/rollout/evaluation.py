@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import anyio
@@ -17,6 +17,27 @@ from asyncrl.rollout.failures import Breaker, is_ours, is_recoverable, users_tra
 from asyncrl.rollout.scheduler import RolloutFn
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over rows, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    rows: int
+
+    @classmethod
+    def over(cls, values: list[float]) -> Estimate:
+        """The normal interval over rows: the rollouts of one row are not independent. NaN where there are too few."""
+        count = len(values)
+        mean = sum(values) / count if count else math.nan
+        if count < 2:
+            return cls(mean, math.nan, math.nan, count)
+        variance = sum((value - mean) ** 2 for value in values) / (count - 1)
+        half_width = 1.96 * math.sqrt(variance / count)
+        return cls(mean, mean - half_width, mean + half_width, count)
 
 
 @dataclass(slots=True)
@@ -34,31 +55,33 @@ class EvalResult:
         return sum(map(len, self.per_row.values()))
 
     @property
-    def mean(self) -> float:
+    def reward(self) -> Estimate:
         """Mean over rows of the mean over a row's rollouts."""
-        means = self._row_means()
-        return sum(means) / len(means) if means else math.nan
+        return Estimate.over([sum(rewards) / len(rewards) for rewards in self.per_row.values() if rewards])
+
+    @property
+    def mean(self) -> float:
+        return self.reward.mean
 
     @property
     def ci_low(self) -> float:
         """Lower end of the 95 % interval."""
-        return self.mean - self._half_width()
+        return self.reward.low
 
     @property
     def ci_high(self) -> float:
-        return self.mean + self._half_width()
+        return self.reward.high
 
-    def _row_means(self) -> list[float]:
-        return [sum(rewards) / len(rewards) for rewards in self.per_row.values() if rewards]
+    def pass_at(self, k: int, solved: float = 1.0) -> Estimate:
+        """pass@k: how likely one of `k` rollouts of a row has a reward of at least `solved`.
 
-    def _half_width(self) -> float:
-        """Of the normal interval over rows: the rollouts of one row are not independent."""
-        means = self._row_means()
-        if len(means) < 2:
-            return math.nan
-        mean = sum(means) / len(means)
-        variance = sum((value - mean) ** 2 for value in means) / (len(means) - 1)
-        return 1.96 * math.sqrt(variance / len(means))
+        Of n rollouts of which c solve the row: 1 - C(n - c, k) / C(n, k), without bias (arXiv:2107.03374, eq. 1).
+        Rows with fewer than `k` rollouts are left out.
+        """
+        counts = [(len(rewards), sum(reward >= solved for reward in rewards)) for rewards in self.per_row.values()]
+        found = Estimate.over([1 - math.comb(n - c, k) / math.comb(n, k) for n, c in counts if n >= k])
+        # A NaN comes first and stays: no comparison with it is true.
+        return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
 
 
 @dataclass(frozen=True, slots=True)

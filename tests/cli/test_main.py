@@ -5,13 +5,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from asyncrl.cli.main import main
 from asyncrl.errors import DataError, SamplerError
+from asyncrl.rollout.evaluation import EvalResult
 from asyncrl.storage.folder import RunFolder
 
 ROLLOUT = "async def rollout(prompt):\n    return None\n"
@@ -34,7 +35,7 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[dict[str, Any]] = []
-        self.then: Callable[[], Any] = lambda: SimpleNamespace(mean=0.5, ci_low=0.25, ci_high=0.75, n=8)
+        self.then: Callable[[], Any] = lambda: EvalResult({0: [1.0, 0.0, 0.0, 0.0], 1: [1.0, 1.0, 0.0, 1.0]})
         module = ModuleType("asyncrl.run")
         module.train = self.take  # type: ignore[attr-defined]
         module.evaluate = self.take  # type: ignore[attr-defined]
@@ -112,7 +113,12 @@ def test_eval_of_a_config(project: Path, calls: Calls, capsys: pytest.CaptureFix
     assert main(["eval", str(project / "run.toml"), "--dataset", str(project / "test.jsonl"), "--samples", "4"]) == 0
     (call,) = calls.seen
     assert (call["dataset"], call["samples"], call["config"].model) == (str(project / "test.jsonl"), 4, "m")
-    assert capsys.readouterr().out == "mean reward 0.5000 [0.2500, 0.7500] (95%, 8 rollouts)\n"
+    assert capsys.readouterr().out.splitlines() == [
+        "mean reward 0.5000 [0.0100, 0.9900] (95%, 8 rollouts)",
+        "pass@1 0.5000 [0.0100, 0.9900]",
+        "pass@2 0.7500 [0.2600, 1.0000]",
+        "pass@4 1.0000 [1.0000, 1.0000] (a pass is a reward of at least 1)",
+    ]
 
 
 def test_eval_of_a_run_folder_uses_its_model_and_config(project: Path, calls: Calls) -> None:

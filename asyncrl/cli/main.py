@@ -78,9 +78,42 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("target", metavar="RUN_FOLDER|CONFIG.toml")
     evaluate.add_argument("--dataset", metavar="FILE", help="rows to use instead of the config's")
     evaluate.add_argument("--samples", type=int, default=1, metavar="N", help="rollouts of each row (default: 1)")
+    _inspect_arguments(command("inspect", "Look at the rollouts of a run, newest first."))
     command("doctor", "Show what is installed, what a run would use, and how to mend what is missing.")
     command("version", "Show the version.")
     return parser
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="run folder, such as runs/<time>")
+    parser.add_argument("--reward", type=_range, metavar="LOW:HIGH", help="either may be left out; --reward=-1:0")
+    parser.add_argument("--min-tokens", type=int, metavar="N", help="length of the rollout, prompt and tools included")
+    parser.add_argument("--max-tokens", type=int, metavar="N")
+    parser.add_argument("--step", type=int, metavar="N", help="of this optimizer step")
+    parser.add_argument("--row", type=int, metavar="N", help="of this dataset row")
+    parser.add_argument("--contains", default="", metavar="TEXT", help="prompt, tools and answers are searched")
+    parser.add_argument("--errors", action="store_true", help="a tool failed, or finish_reason is not stop")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--best", type=_positive, metavar="N", help="by reward")
+    which.add_argument("--worst", type=_positive, metavar="N", help="by reward")
+    which.add_argument("--limit", type=_positive, default=5, metavar="N", help="the newest N (default: 5)")
+
+
+def _range(text: str) -> tuple[float, float]:
+    low, colon, high = text.partition(":")
+    try:
+        lowest, highest = float(low or "-inf"), float(high or "inf")
+    except ValueError:
+        colon = ""
+    if not colon or not lowest <= highest:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LOW:HIGH, such as 0.5:1, 0.5: or :0.5")
+    return lowest, highest
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
+    return int(text)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -111,6 +144,21 @@ def _eval(arguments: argparse.Namespace) -> int:
     return evaluate(arguments.target, arguments.dataset, arguments.samples, arguments.rest)
 
 
+def _inspect(arguments: argparse.Namespace) -> int:
+    from asyncrl.cli.inspect import Filter, inspect_run
+
+    wanted = Filter(
+        reward=arguments.reward,
+        min_tokens=arguments.min_tokens,
+        max_tokens=arguments.max_tokens,
+        step=arguments.step,
+        row=arguments.row,
+        contains=arguments.contains,
+        errors=arguments.errors,
+    )
+    return inspect_run(arguments.folder, wanted, arguments.limit, arguments.best, arguments.worst)
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from asyncrl.cli.doctor import doctor
 
@@ -129,6 +177,7 @@ _RUN = {
     **dict.fromkeys(RECIPES, _recipe),
     "demo": _demo,
     "eval": _eval,
+    "inspect": _inspect,
     "doctor": _doctor,
     "version": _version,
 }

@@ -87,6 +87,9 @@ def _describe_sample(sample: RolloutSample, decode: Decode) -> dict[str, Any]:
         "versions": sorted(drawn_by),
         "text": _turns(sample, decode),
     }
+    if trained:
+        logprobs = list(compress(sample.logprobs, sample.loss_mask))
+        described |= {"logprob_mean": round(sum(logprobs) / trained, 4), "logprob_min": round(min(logprobs), 4)}
     if sample.advantages is not None:
         described["advantage_mean"] = sum(compress(sample.advantages, sample.loss_mask)) / trained
     return described | ({"info": dict(sample.info)} if sample.info else {})

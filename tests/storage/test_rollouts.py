@@ -18,7 +18,7 @@ def group(row: int = 5) -> Group:
     tokens = [ord(letter) for letter in "2+2=4!ok"]
     sample = RolloutSample(
         tokens=tokens,
-        logprobs=[-0.1] * 8,
+        logprobs=[-9.0, -9.0, -9.0, -9.0, -0.1, -0.1, -9.0, -0.4],
         loss_mask=[0, 0, 0, 0, 1, 1, 0, 1],
         reward=1.0,
         versions=[0, 0, 0, 0, 3, 3, 0, 4],
@@ -45,7 +45,15 @@ def test_a_group_reads_like_a_conversation() -> None:
     assert first["text"] == [{"context": "2+2="}, {"policy": "4!"}, {"context": "o"}, {"policy": "k"}]
     assert (first["tokens"], first["loss_tokens"], first["versions"]) == (8, 3, [3, 4])
     assert first["info"]["messages"][0]["role"] == "user"
-    assert second == {"tokens": 5, "loss_tokens": 1, "versions": [], "text": [{"context": "2+2="}, {"policy": "4"}]}
+    assert (first["logprob_mean"], first["logprob_min"]) == (-0.2, -0.4)  # of -0.1, -0.1 and -0.4; context is left out
+    assert second == {
+        "tokens": 5,
+        "loss_tokens": 1,
+        "versions": [],
+        "text": [{"context": "2+2="}, {"policy": "4"}],
+        "logprob_mean": 0.0,
+        "logprob_min": 0.0,
+    }
 
 
 def test_some_groups_of_each_step_are_written_off_the_calling_thread(tmp_path: Path) -> None:

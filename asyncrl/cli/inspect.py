@@ -1,0 +1,265 @@
+"""`asyncrl inspect RUN`: rollouts of a run in the terminal, newest first.
+
+The log may be gigabytes: it is read from its end, one group at a time, and only what is shown is kept.
+"""
+
+from __future__ import annotations
+
+import heapq
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from asyncrl.errors import ConfigError, DataError
+from asyncrl.metrics.jsonl import encode
+from asyncrl.storage.folder import RunFolder
+
+BLOCK_BYTES = 1 << 20
+ROLE_MARK = re.compile(r"(?=<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<tool_response>)")
+ROLE_NAME = re.compile(r"<(?:\|im_start\||\|start_header_id\||start_of_turn)>\s*(\w+)")
+"""How the chat templates in use open a turn. Text of any other template is shown as `context`."""
+STYLES = {"system": "magenta", "user": "cyan", "tool": "yellow", "policy": "bold green", "context": "bright_black"}
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+SHOWN_ELSEWHERE = {"messages", "finish_reason", "turns", "tool_calls", "tool_errors"}
+GUTTER = 11
+"""Columns of the role's name."""
+LONGEST_INFO = 300
+"""Characters of one entry of `info`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One rollout of the log."""
+
+    group: Mapping[str, Any]
+    """Its line: step, row, epoch, version, ... of all its members."""
+    member: int
+    reward: float
+    advantage: float | None
+    samples: list[dict[str, Any]]
+    """Its segments, as `storage.rollouts.describe` writes them."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(sample["tokens"] for sample in self.samples)
+
+    @property
+    def text(self) -> str:
+        return "".join(text for sample in self.samples for turn in sample["text"] for text in turn.values())
+
+    @property
+    def went_wrong(self) -> bool:
+        """A tool call failed, or the rollout ended otherwise than by `stop`. Rollouts that do not say are fine."""
+        infos = [sample.get("info", {}) for sample in self.samples]
+        return any(info.get("tool_errors") or info.get("finish_reason") not in (None, "stop") for info in infos)
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which rollouts are shown; None and empty ask for nothing."""
+
+    reward: tuple[float, float] | None = None
+    """Lowest and highest, both included."""
+    min_tokens: int | None = None
+    """Prompt and tool tokens count, and those of all segments."""
+    max_tokens: int | None = None
+    step: int | None = None
+    row: int | None = None
+    contains: str = ""
+    errors: bool = False
+
+    def keeps(self, rollout: Rollout) -> bool:
+        return (
+            (self.step is None or rollout.group["step"] == self.step)
+            and (self.row is None or rollout.group["row"] == self.row)
+            and (self.reward is None or self.reward[0] <= rollout.reward <= self.reward[1])
+            and (self.min_tokens is None or rollout.tokens >= self.min_tokens)
+            and (self.max_tokens is None or rollout.tokens <= self.max_tokens)
+            and (not self.errors or rollout.went_wrong)
+            and self.contains in rollout.text
+        )
+
+
+def inspect_run(run: str, wanted: Filter, limit: int, best: int | None = None, worst: int | None = None) -> int:
+    """Print the newest `limit` rollouts that are wanted, or the `best` or `worst` by reward; returns the exit code.
+
+    Raises:
+        ConfigError: there is no such run, or it has logged no rollouts.
+        DataError: a line of the log cannot be read.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a model writes letters that not every terminal has
+        sys.stdout.reconfigure(errors="replace")
+    console = Console(highlight=False, emoji=False, markup=False)
+    count = 0
+    for rollout in _choose(filter(wanted.keeps, _logged(Path(run))), limit, best, worst):
+        show(rollout, console)
+        count += 1
+    if not count:
+        console.print("No rollout in the log matches. Ask for less, or look without filters.")
+    elif best is None and worst is None and count == limit:
+        console.print(f"The newest {count} that match. --limit N shows more.", style="bright_black")
+    return 0
+
+
+def _choose(rollouts: Iterator[Rollout], limit: int, best: int | None, worst: int | None) -> Iterator[Rollout]:
+    """Equal rewards: the newer first."""
+    if best is not None:
+        return iter(heapq.nlargest(best, rollouts, key=lambda rollout: rollout.reward))
+    if worst is not None:
+        return iter(heapq.nsmallest(worst, rollouts, key=lambda rollout: rollout.reward))
+    return islice(rollouts, limit)
+
+
+def _logged(root: Path) -> Iterator[Rollout]:
+    """The rollouts of a run folder; at least one."""
+    if not root.is_dir():
+        raise ConfigError(f"there is no run folder {root}. Runs are in runs/, one folder each, unless run_dir is set.")
+    path = RunFolder(root).rollouts
+    rollouts = read_rollouts(path) if path.is_file() else iter(())
+    first = next(rollouts, None)
+    if first is None:
+        raise ConfigError(
+            f"{root} holds no logged rollouts. They are written to {path.name} after each step, unless the run "
+            "has log_rollouts = 0: wait for the first step, or train with log_rollouts above 0."
+        )
+    return chain([first], rollouts)
+
+
+def read_rollouts(path: Path) -> Iterator[Rollout]:
+    """All rollouts of a log, the newest group first. A last line that is still being written is left out.
+
+    Raises `DataError` for a line that is not the log's.
+    """
+    for start, line, whole in _lines_from_the_end(path):
+        try:
+            group = json.loads(line)
+            rollouts = [
+                Rollout(group, member, rollout["reward"], rollout["advantage"], rollout["samples"])
+                for member, rollout in enumerate(group.pop("rollouts"))
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if not whole:
+                continue
+            raise DataError(
+                f"{path}, byte {start}: this line is not a group of rollouts ({error!r}). "
+                "Expected what a run writes; take the line out to read the rest."
+            ) from None
+        yield from rollouts
+
+
+def _lines_from_the_end(path: Path) -> Iterator[tuple[int, bytes, bool]]:
+    """Where each line starts, the line, and whether it ends in a newline: only the last may not."""
+    with path.open("rb") as file:
+        position = file.seek(0, io.SEEK_END)
+        whole, later = False, list[bytes]()  # `later`: the pieces of the line in hand, its end first
+        while position:
+            size = min(BLOCK_BYTES, position)
+            position -= size
+            file.seek(position)
+            *before, rest = reversed(file.read(size).split(b"\n"))
+            end = position + size
+            for piece in before:
+                start = end - len(piece)
+                if line := b"".join([piece, *reversed(later)]):
+                    yield start, line, whole
+                whole, later, end = True, [], start - 1
+            later.append(rest)
+        if line := b"".join(reversed(later)):
+            yield 0, line, whole
+
+
+def show(rollout: Rollout, console: Console) -> None:
+    """A headline, the numbers, and the text, with a bar beside what is trained."""
+    group = rollout.group
+    console.rule(
+        f"step {group['step']} · row {group['row']} · epoch {group['epoch']} · group {group['group']} · "
+        f"rollout {rollout.member + 1} of {len(group['rewards'])}",
+        align="left",
+    )
+    console.print(f"reward {_number(rollout.reward)}   advantage {_number(rollout.advantage)}", style="bold")
+    console.print(f"admitted at version {group['version']}   the group took {group['seconds']:.1f} s")
+    for index, sample in enumerate(rollout.samples):
+        if len(rollout.samples) > 1:
+            console.print(f"segment {index + 1} of {len(rollout.samples)}", style="bold")
+        for line in _facts(sample):
+            console.print(Text(line, "bright_black"))
+        for turn in sample["text"]:
+            for kind, text in turn.items():
+                for role, piece in _by_role(kind, text):
+                    _print_turn(console, role, piece)
+    console.print()
+
+
+def _facts(sample: Mapping[str, Any]) -> Iterator[str]:
+    """Lines on one segment: what is in the log, and nothing for what is not."""
+    versions = sample["versions"]
+    drawn = f"   drawn by version {', '.join(map(str, versions))}" if versions else ""
+    yield f"{sample['tokens']} tokens, {sample['loss_tokens']} trained{drawn}"
+    facts = []
+    if "logprob_mean" in sample:
+        facts.append(f"log-prob mean {_number(sample['logprob_mean'])}, lowest {_number(sample['logprob_min'])}")
+    if "advantage_mean" in sample:
+        facts.append(f"mean advantage of its tokens {_number(sample['advantage_mean'])}")
+    info = sample.get("info", {})
+    if info.get("finish_reason") is not None:
+        facts.append(f"finish {_visible(str(info['finish_reason']))}")
+    if info.get("tool_calls"):
+        failed = f" ({info['tool_errors']} failed)" if info.get("tool_errors") else ""
+        facts.append(f"tool calls {_brief(info['tool_calls'])}{failed}")
+    if facts:
+        yield "   ".join(facts)
+    for name, value in info.items():
+        if name not in SHOWN_ELSEWHERE:
+            yield f"{_visible(name)}: {_brief(value)}"
+
+
+def _by_role(kind: str, text: str) -> Iterator[tuple[str, str]]:
+    """Cut a stretch of context where its chat template opens a turn."""
+    if kind == "policy":
+        yield kind, text
+        return
+    for piece in ROLE_MARK.split(text):
+        name = ROLE_NAME.match(piece)
+        if piece.startswith("<tool_response>"):
+            role = "tool"
+        elif piece.startswith("[INST]"):
+            role = "user"
+        else:
+            role = name[1] if name else "context"
+        if piece.strip():
+            yield role, piece
+
+
+def _print_turn(console: Console, role: str, text: str) -> None:
+    style = STYLES.get(role, "blue")
+    mark = "┃ " if role == "policy" else "  "
+    lines = Text(_visible(text).strip("\n"), style).wrap(console, max(20, console.width - GUTTER - 2), overflow="fold")
+    for index, line in enumerate(lines):
+        name = role[: GUTTER - 1].ljust(GUTTER) if index == 0 else " " * GUTTER
+        whole = Text.assemble((name, style), (mark, STYLES["policy"]), line)
+        whole.rstrip()
+        console.print(whole, soft_wrap=True)
+
+
+def _visible(text: str) -> str:
+    """What a model writes may not move the cursor of whoever reads it."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text.expandtabs(4))
+
+
+def _brief(value: Any) -> str:
+    text = _visible(value if isinstance(value, str) else encode(value)).replace("\n", "\\n")
+    return text if len(text) <= LONGEST_INFO else f"{text[:LONGEST_INFO]}..."
+
+
+def _number(value: float | None) -> str:
+    """None stands in the log for what is not a number."""
+    return "-" if value is None else f"{value:.3f}"

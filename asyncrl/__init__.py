@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from asyncrl.rollout.evaluation import EvalResult
     from asyncrl.run import evaluate, train, train_async
     from asyncrl.types import Completion, RolloutRun, RolloutSample
+    from asyncrl.workers import offload
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ _HOME = {
     "Tool": "asyncrl.agents.tools",
     "TrainResult": "asyncrl.result",
     "evaluate": "asyncrl.run",
+    "offload": "asyncrl.workers",
     "tool": "asyncrl.agents.tools",
     "train": "asyncrl.run",
     "train_async": "asyncrl.run",
@@ -55,6 +57,7 @@ __all__ = [
     "Tool",
     "TrainResult",
     "evaluate",
+    "offload",
     "tool",
     "train",
     "train_async",

@@ -22,6 +22,7 @@ import anyio
 import structlog
 
 from asyncrl.errors import CanaryError, EngineError, SamplerRequestError, StallError, first_failure
+from asyncrl.metrics.lag import LagMeter, watch_lag
 from asyncrl.rollout.batch import Batch, chunk_sizes
 from asyncrl.rollout.concurrency import ConcurrencyController
 from asyncrl.rollout.queue import GroupQueue
@@ -93,6 +94,7 @@ class Engine:
     _started_at: float = 0.0
     _step_began_at: float = 0.0
     _tokens_seen: int = 0
+    _lag: LagMeter = field(default_factory=LagMeter)
 
     async def run(self) -> None:
         """Train until the data ends, `max_steps` is reached, or `stop` is called.
@@ -105,6 +107,7 @@ class Engine:
             async with self.scheduler, anyio.create_task_group() as helpers:
                 helpers.start_soon(self._watch_load, name="asyncrl load monitor")
                 helpers.start_soon(self._watch_progress, name="asyncrl watchdog")
+                helpers.start_soon(watch_lag, self._lag, name="asyncrl lag monitor")
                 self.scheduler.pump()
                 await self._train()
                 helpers.cancel_scope.cancel()
@@ -385,6 +388,7 @@ class Engine:
             "train_s": times.train_s,
             "publish_wait_s": times.publish_wait_s,
             "publish_s": times.publish_s,
+            "loop_lag_s": self._lag.take(),
             "reward_mean": counts.reward_sum / counts.reward_count if counts.reward_count else trained_mean,
             "reward_trained_mean": trained_mean,
             "groups_trained": len(batch.trained),

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from asyncrl.errors import UserError
+from asyncrl.workers import refuse_in_worker
 
 SECOND_SIGNAL_EXIT = 130
 LEFTOVER_LIMIT_S = 5.0
@@ -39,6 +40,7 @@ class Interrupt:
 def run_interruptible(main: Callable[[Interrupt], Coroutine[Any, Any, T]]) -> T:
     """Run `main` with Ctrl-C and SIGTERM: once ends it cleanly, twice at once."""
     _refuse_running_loop()
+    refuse_in_worker()
     interrupt = Interrupt()
 
     async def guarded() -> T:

@@ -87,6 +87,8 @@ METRICS: tuple[Metric, ...] = (
            "overlaps with the next step's training."),
     Metric("publish_wait_s", "time", "s", "The part of publishing that training had to wait for."),
     Metric("step_s", "time", "s", "From the end of the step before to the end of this one."),
+    Metric("loop_lag_s", "time", "s", "Largest delay of the event loop. Above 0.2 something blocks it, and every "
+           "rollout waits: see `asyncrl.offload` in docs/rollouts.md."),
     Metric("in_flight", "scheduler", "rollouts", "Rollouts that are running."),
     Metric("in_flight_peak", "scheduler", "rollouts", "Most rollouts at once since the step before."),
     Metric("queue_groups", "scheduler", "groups", "Finished groups that wait to be trained."),

@@ -103,7 +103,7 @@ def run(
         encoding = Encoding(recipe.encode(encoder), recipe.pairs, facts.max_seq_len, config.on_too_long)
         units = _encode(data, encoding, config.max_rows, shown, "dataset")
         held_out_units = None if held_out is None else _encode(held_out, encoding, None, shown, "held-out dataset")
-        work = _Run(recipe, config, folder, shown, units, held_out_units)
+        work = _Run(recipe, config, engine, folder, shown, units, held_out_units)
         with stop_on_signals() as stop:
             try:
                 result = work.run(stop)
@@ -145,6 +145,7 @@ class _Run:
 
     recipe: Recipe
     config: SupervisedConfig
+    engine: EngineConfig
     folder: RunFolder
     shown: RunView
     units: Units
@@ -156,7 +157,7 @@ class _Run:
 
         config = self.config
         total = steps_of(len(self.units.units), config.batch_size, config.epochs, config.max_steps)
-        learner = Learner(config.engine_config(), self.recipe.objective(), total)
+        learner = Learner(self.engine, self.recipe.objective(), total)
         before = self._measure(learner, stop, "before training")
         began = time.monotonic()
         self._train(learner, total, stop)
@@ -180,8 +181,7 @@ class _Run:
 
     def _train(self, learner: Learner, total: int, stop: StopWish) -> None:
         """Step by step; whatever ends it, what was trained is saved. Before the first step nobody would want it."""
-        engine = self.config.engine_config()
-        sinks = open_sinks(engine.trackers, self.folder.root, engine)
+        sinks = open_sinks(self.engine.trackers, self.folder.root, self.engine)
         try:
             for record in self.shown.steps(total, self._records(learner, total, stop)):
                 self.step = int(record["step"])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from asyncrl.result import TrainResult
     from asyncrl.rollout.evaluation import EvalResult
     from asyncrl.run import evaluate, train, train_async
-    from asyncrl.types import Completion, RolloutRun, RolloutSample
+    from asyncrl.types import Completion, Rollout, RolloutRun, RolloutSample
     from asyncrl.workers import offload
 
 __version__ = "0.1.0"
@@ -34,6 +34,7 @@ _HOME = {
     "EvalResult": "asyncrl.rollout.evaluation",
     "Prompt": "asyncrl.data",
     "RecoverableRolloutError": "asyncrl.errors",
+    "Rollout": "asyncrl.types",
     "RolloutRun": "asyncrl.types",
     "RolloutSample": "asyncrl.types",
     "Tool": "asyncrl.agents.tools",
@@ -52,6 +53,7 @@ __all__ = [
     "EvalResult",
     "Prompt",
     "RecoverableRolloutError",
+    "Rollout",
     "RolloutRun",
     "RolloutSample",
     "Tool",

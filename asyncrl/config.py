@@ -25,8 +25,11 @@ from asyncrl.errors import ConfigError
 from asyncrl.sections import (
     LOSS_SETTING_OWNERS,
     POLICY_LOSS_NAMES,
+    ChatConfig,
     ConcurrencyConfig,
     DataConfig,
+    EndpointConfig,
+    EvaluationConfig,
     LoraConfig,
     LossConfig,
     NonNegativeInt,
@@ -36,15 +39,19 @@ from asyncrl.sections import (
     SamplerConfig,
     SamplingConfig,
     Section,
+    Share,
     StalenessConfig,
     TrainerConfig,
     WandbConfig,
 )
 
 __all__ = [
+    "ChatConfig",
     "ConcurrencyConfig",
     "Config",
     "DataConfig",
+    "EndpointConfig",
+    "EvaluationConfig",
     "LoraConfig",
     "LossConfig",
     "OptimizerConfig",
@@ -92,6 +99,8 @@ class Config(Section):
     advantage: str | Callable[[list[float]], list[float]] = "grpo"
     """`grpo`, `dr_grpo`, `rloo`, `reinforce`, or a function (`file.py:function` in a file) from a group's rewards to
     its advantages."""
+    turn_discount: Share = 0.95
+    """How much of what comes after a turn counts for the turn, where samples have `turn_rewards` (arXiv:2510.14967)."""
     on_filtered: Literal["replace", "drop"] = "replace"
     """A group without signal is filtered: fill its place in the batch, or leave it empty."""
     group_filter: str | Callable[[list[float]], bool] | None = None
@@ -113,6 +122,8 @@ class Config(Section):
 
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()
+    chat: ChatConfig = ChatConfig()
+    endpoint: EndpointConfig = EndpointConfig()
     rollout: RolloutConfig = RolloutConfig()
     staleness: StalenessConfig = StalenessConfig()
     concurrency: ConcurrencyConfig = ConcurrencyConfig()
@@ -122,6 +133,7 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     trainer: TrainerConfig = TrainerConfig()
     publish: PublishConfig = PublishConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     wandb: WandbConfig = WandbConfig()
 
     def __init__(self, **settings: Any) -> None:
@@ -202,6 +214,11 @@ class Config(Section):
                 "publish.weight_sync_interval is 0, so the sampler keeps its first weights and staleness grows "
                 "without end; that cannot be bounded. Use staleness.policy='pace' with on_stale='train', "
                 "or an interval of at least 1."
+            )
+        if interval == 0 and self.evaluation.interval is not None:
+            raise ValueError(
+                f"evaluation.interval is {self.evaluation.interval}, but with publish.weight_sync_interval=0 the sampler "
+                "keeps its first weights: every evaluation would measure the same. Leave evaluation.interval out."
             )
         if interval * batch > budget:
             raise ValueError(

@@ -12,7 +12,10 @@ from asyncrl.saved_adapter import read_adapter
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Limit = Literal["length", "context", "max_turns", "total_tokens"]
+LimitChoice = Literal["stop", "truncate", "error"]
 
 
 class Section(BaseModel):
@@ -55,6 +58,35 @@ class SamplingConfig(Section):
                 "signal and exploration ends. Use a temperature above 0."
             )
         return value
+
+
+class ChatConfig(Section):
+    """Conversations: `policy.chat` and the endpoint for agent programs."""
+
+    history: Literal["keep", "render"] | None = None
+    """What the model reads of its earlier turns. `keep`: what was drawn, token for token, thoughts included. `render`:
+    what the chat template makes of them; where that differs from what was drawn (thoughts that are taken out, say),
+    the conversation forks into another trained sequence. None: `keep`, and `render` for a template whose turns cannot
+    be joined."""
+    realign_tokens: NonNegativeInt = 0
+    """When a history comes back that differs from what was drawn in at most so many last tokens of a turn, these tokens
+    are given up (not trained) instead of forking."""
+    template: dict[str, Any] = {}
+    """More arguments for the chat template, such as `enable_thinking = false`."""
+    on_limit: LimitChoice | dict[Limit, LimitChoice] = "stop"
+    """What a conversation does at a limit: `stop` ends it and trains all of it; `truncate` ends it and gives the turn up
+    that was cut; `error` draws the whole rollout again. One choice, or one for each of `length` (a turn's
+    `max_tokens`), `context` (`max_seq_len`), `max_turns`, `total_tokens` (`max_total_tokens`)."""
+
+
+class EndpointConfig(Section):
+    """The server that agent programs use as their model, through `policy.openai_base_url`."""
+
+    host: str = "127.0.0.1"
+    """The address it listens on. Agents in containers need one that they can reach: then anyone on that network can,
+    and only the key of each rollout stands before the model."""
+    max_calls: PositiveInt = 1024
+    """Most calls of one rollout, branches and sub-agents together."""
 
 
 class RolloutConfig(Section):
@@ -295,6 +327,31 @@ class PublishConfig(Section):
     """After each hot-load, sampler and trainer must agree on the log-probs of a fixed probe."""
     canary_tolerance: PositiveFloat | None = None
     """Largest difference. None: 1e-3 in float32, 0.25 in bfloat16 (rounding differs from kernel to kernel)."""
+
+
+class EvaluationConfig(Section):
+    """Held-out prompts, rolled out to be measured and never trained on: docs/evaluation.md."""
+
+    dataset: str | None = None
+    """A JSONL file; in Python you may pass `evaluation=` rows, or a function, to `asyncrl.train`."""
+    interval: PositiveInt | None = None
+    """Also during training: whenever so many more optimizer steps are live in the sampler. None: before and after."""
+    samples: PositiveInt = 1
+    """Rollouts of each held-out prompt. With several there is pass@k."""
+    concurrency: PositiveInt | None = None
+    """Rollouts of an evaluation that run at once, never more than `concurrency.max_window`. During training they take
+    slots of its window. None: an eighth of the window during training, else 64."""
+    temperature: NonNegativeFloat | None = None
+    """None: that of training, so that what is measured is what is trained. 0 is greedy."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EvaluationConfig:
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError(
+                f"evaluation.samples is {self.samples}, but with evaluation.temperature=0 all rollouts of a prompt are "
+                "the same. Use one sample, or a temperature above 0."
+            )
+        return self
 
 
 class WandbConfig(Section):

@@ -9,6 +9,7 @@ thread, process or machine. N is the number of tokens of one sample.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -118,6 +119,9 @@ class RolloutSample:
     """Anything JSON can hold, for the rollout log: messages, the answer, why the reward is what it is."""
     advantages: Sequence[float] | None = None
     """[N] one per token, in place of what the group's comparison gives; ignored where `loss_mask` is 0."""
+    turn_rewards: Sequence[float | None] | None = None
+    """One per turn, beside `reward`: a turn is a stretch of ones in `loss_mask`. None: no reward of its own. They are
+    compared over the group and discounted backwards (docs/objectives.md)."""
 
     @classmethod
     def from_completion(
@@ -145,6 +149,10 @@ class RolloutRun:
     @property
     def reward(self) -> float:
         return self.segments[-1].reward
+
+
+Rollout = RolloutSample | RolloutRun
+"""What a rollout function returns: one sequence, or several of one run."""
 
 
 @dataclass(slots=True)
@@ -212,11 +220,20 @@ class Sampler(Protocol):
     async def generate(self, request: SampleRequest) -> Completion:
         """Draw one completion. Cancelling this call frees its place in the engine."""
 
-    async def score(self, token_ids: Sequence[int], version: int) -> list[float]:
-        """Log-probs [N - 1] of `token_ids[1:]` under the weights of `version`, at temperature 1."""
+    async def score(
+        self, token_ids: Sequence[int], version: int, *, start: int = 1, session: str | None = None
+    ) -> list[float]:
+        """Log-probs [N - start] of `token_ids[start:]` under the weights of `version`, at temperature 1.
+
+        A sampler with replicas asks the one that serves `session`; None asks all of them, which must agree.
+        """
 
     async def publish(self, weights: Weights) -> None:
         """Make `weights` live. On return, new requests are drawn from them."""
+
+    def hold(self) -> AbstractContextManager[int | None]:
+        """Keep the newest version live while the block lasts, whatever is published meanwhile: requests can be pinned
+        to it. None: this sampler has one version at a time, and nothing is held."""
 
     async def load(self) -> Load:
         """How busy the sampler is, now."""

@@ -47,7 +47,7 @@ def last_number(text: str) -> float | None:
     return float(numbers[-1].replace(",", "")) if numbers else None
 
 
-async def rollout(prompt: asyncrl.Prompt) -> asyncrl.RolloutSample:
+async def rollout(prompt: asyncrl.Prompt) -> asyncrl.Rollout:
     """Right answers earn 1; failed tool calls cost a little."""
     chat = prompt.policy.chat(TASK + prompt["question"], tools=[calculator], max_turns=6)
     found = last_number(await chat.run())

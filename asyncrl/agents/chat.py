@@ -7,56 +7,75 @@ Context comes from the chat template, completions from the sampler, and both sta
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from asyncrl.agents.calls import MalformedCall, ToolCall, Turn, read_turn
-from asyncrl.agents.tools import Tool, ToolResult
-from asyncrl.agents.transcript import Transcript
-from asyncrl.errors import RolloutContractError
-from asyncrl.types import Completion, RolloutSample
+from asyncrl.agents.calls import MalformedCall, ToolCall
+from asyncrl.agents.conversation import MALFORMED, Conversation, Drawn
+from asyncrl.agents.tools import Tool, ToolResult, collect_tools
+from asyncrl.agents.transcript import Node
+from asyncrl.errors import RecoverableRolloutError, RolloutContractError
+from asyncrl.types import Rollout
 
 if TYPE_CHECKING:
     from asyncrl.agents.policy import Policy
-    from asyncrl.agents.template import TurnTemplate
+    from asyncrl.sections import Limit, LimitChoice
 
-ChatFinish = Literal["stop", "length", "max_turns", "context"]
+
+class LimitReached(RecoverableRolloutError):
+    """A conversation came to a limit for which `on_limit` is `error`. The rollout is drawn again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How far a conversation may go, and what happens there."""
+
+    max_turns: int
+    max_tokens: int | None
+    """Of one turn; None: `sampling.max_tokens`."""
+    max_total_tokens: int | None
+    """Of all turns together; None: no limit."""
+    choices: LimitChoice | Mapping[Limit, LimitChoice]
+
+    def choice(self, limit: Limit) -> LimitChoice:
+        return self.choices if isinstance(self.choices, str) else self.choices.get(limit, "stop")
 
 
 class Chat:
-    """One conversation. Owns its messages and its transcript. Made by `policy.chat(...)`."""
+    """One conversation. Owns its messages and its place in the transcript. Made by `policy.chat(...)`."""
 
     def __init__(
         self,
+        conversation: Conversation,
         policy: Policy,
-        template: TurnTemplate,
         messages: str | Sequence[Mapping[str, Any]],
         *,
-        tools: Sequence[Tool[..., Any] | Callable[..., Any]] = (),
-        max_turns: int = 8,
-        max_tokens: int | None = None,
+        tools: Sequence[Tool[..., Any] | Callable[..., Any]],
+        limits: Limits,
     ) -> None:
         opening = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         self.messages: list[dict[str, Any]] = [dict(message) for message in opening]
         """The conversation so far, as chat templates take it."""
-        self.finish_reason: ChatFinish | None = None
-        """Why it ended: `stop` (an answer), `length` (a turn was cut at its token limit), `max_turns` (the last turn
-        still called tools), `context` (`max_seq_len` is full); None while it goes on."""
+        self.finish_reason: Limit | str | None = None
+        """Why it ended: `stop` (an answer), `length` (a turn was cut at its token limit), `total_tokens` (all turns
+        together were), `max_turns` (the last turn still called tools), `context` (`max_seq_len` is full); None while
+        it goes on."""
         self.turns = 0
         """Turns of the model."""
         self.tool_calls = 0
         """Calls that the model made, malformed ones included."""
         self.tool_errors = 0
         """Calls that failed: malformed, unknown tool, bad arguments, an exception, a time limit."""
+        self.drawn_tokens = 0
+        """Tokens that the model drew, in all turns."""
+        self._conversation = conversation
         self._policy = policy
-        self._template = template
-        self._tools = {tool.name: tool for tool in map(_as_tool, tools)}
+        self._tools = collect_tools(tools)
         self._schemas = [tool.schema for tool in self._tools.values()]
-        self._max_turns = max_turns
-        self._max_tokens = max_tokens
-        self._stops = tuple(dict.fromkeys((template.end_of_turn, *policy.stop_token_ids)))
-        self._transcript = Transcript()
+        self._limits = limits
+        self._node = conversation.transcript.root
         self._unread = list(self.messages)  # messages that are not in the transcript yet
 
     async def run(self) -> str:
@@ -78,36 +97,59 @@ class Chat:
         Raises:
             RolloutContractError: the conversation cannot go on, or there is nothing to answer; also when the
                 opening messages alone are longer than `max_seq_len`.
+            LimitReached: a limit with `on_limit` `error`, or one that leaves nothing to train.
         """
         self._admit(user_message)
-        context = self._render_unread()
-        room = self._policy.max_seq_len - len(self._transcript) - len(context)
+        place = self._conversation.after(self._node, self._unread, self.messages, self._schemas)
+        room = self._policy.max_seq_len - self._conversation.transcript.length_to(place.node) - len(place.context)
         if room < 1 and self.turns:
-            self.finish_reason = "context"
-            return ""
-        completion = await self._policy.generate(
-            [*self._transcript.tokens, *context], max_tokens=self._max_tokens, stop_token_ids=self._stops
-        )
-        self._transcript.add_context(context)
-        self._transcript.add_completion(completion)
+            return self._reach("context")
+        limits = self._limits
+        left = limits.max_total_tokens - self.drawn_tokens if limits.max_total_tokens is not None else None
+        if left is not None and left < 1:
+            return self._reach("total_tokens")
+        most = min((limit for limit in (limits.max_tokens, left) if limit is not None), default=None)
+        drawn = await self._conversation.draw_at(place, max_tokens=most)
+        self._node = drawn.node
         self._unread.clear()
         self.turns += 1
-        return await self._take_turn(completion, room)
+        self.drawn_tokens += len(drawn.completion.tokens)
+        return await self._take_turn(drawn, room, left)
 
-    def sample(self, reward: float, **info: Any) -> RolloutSample:
+    def fork(self) -> Chat:
+        """Another conversation that begins as this one did up to here: for trying several ways on.
+
+        Both belong to one rollout, and `sample` of either returns both: what they share is trained once.
+        """
+        twin = Chat(self._conversation, self._policy, self.messages, tools=(), limits=self._limits)
+        twin._tools, twin._schemas = self._tools, self._schemas
+        twin._node, twin._unread = self._node, list(self._unread)
+        twin.finish_reason, twin.turns, twin.drawn_tokens = self.finish_reason, self.turns, self.drawn_tokens
+        twin.tool_calls, twin.tool_errors = self.tool_calls, self.tool_errors
+        return twin
+
+    def sample(self, reward: float, *, turn_rewards: Sequence[float] | None = None, **info: Any) -> Rollout:
         """What the rollout function returns: the tokens as they were, only the model's own trained.
 
-        `info` goes to the rollout log, beside the messages and how the conversation ended.
+        One sequence; a `RolloutRun` of several where the conversation forked. `turn_rewards`: one for each turn of the
+        model, in the order in which they were drawn. `info` goes to the rollout log, beside the messages and how the
+        conversation ended.
         """
-        record = {
-            "messages": [dict(message) for message in self.messages],
+        transcript = self._conversation.transcript
+        record: dict[str, Any] = {
             "finish_reason": self.finish_reason,
             "turns": self.turns,
             "tool_calls": self.tool_calls,
             "tool_errors": self.tool_errors,
-            **info,
         }
-        return self._transcript.sample(reward, record)
+        if transcript.counts:
+            record["transcript"] = dict(transcript.counts)
+
+        def about(leaf: Node) -> Mapping[str, Any]:
+            messages = self.messages if leaf is self._node else leaf.messages
+            return {"messages": [dict(message) for message in messages], **record, **info}
+
+        return transcript.rollout(reward, about, turn_rewards)
 
     def _admit(self, user_message: str | None) -> None:
         if self.finish_reason not in (None, "stop"):
@@ -115,9 +157,9 @@ class Chat:
                 f"this chat has ended with finish_reason={self.finish_reason!r} and cannot go on. "
                 "Check chat.finish_reason before another step; it goes on after None and 'stop' only."
             )
-        if self.turns >= self._max_turns:
+        if self.turns >= self._limits.max_turns:
             raise RolloutContractError(
-                f"this chat has had its max_turns={self._max_turns} turns. Give policy.chat(...) more."
+                f"this chat has had its max_turns={self._limits.max_turns} turns. Give policy.chat(...) more."
             )
         if user_message is not None:
             self._say({"role": "user", "content": user_message})
@@ -127,29 +169,43 @@ class Chat:
             )
         self.finish_reason = None
 
-    def _render_unread(self) -> list[int]:
-        if self._transcript.tokens:
-            return self._template.continuation(self._unread, self._schemas)
-        return self._template.opening(self._unread, self._schemas)
-
-    async def _take_turn(self, completion: Completion, room: int) -> str:
+    async def _take_turn(self, drawn: Drawn, room: int, left: int | None) -> str:
         """Read the turn that was drawn, run its tools, and decide whether the conversation goes on."""
-        stopped = completion.finish_reason == "stop"
-        spoken = completion.tokens[:-1] if stopped else completion.tokens
-        turn = read_turn(self._policy.tokenizer.decode(spoken, skip_special_tokens=False))
-        self.messages.append(_as_message(turn, self.tool_calls))
-        first, self.tool_calls = self.tool_calls, self.tool_calls + len(turn.calls)
-        if not stopped:
-            self.finish_reason = "context" if len(completion.tokens) >= room else "length"
-        elif not turn.calls:
+        count, calls = len(drawn.completion.tokens), drawn.turn.calls
+        self.messages.append(drawn.message)
+        drawn.node.messages = list(self.messages)
+        self.tool_calls += len(calls)
+        if drawn.completion.finish_reason != "stop":
+            self._reach("context" if count >= room else "total_tokens" if count == left else "length", cut=True)
+        elif not calls:
             self.finish_reason = "stop"
-        elif self.turns == self._max_turns:
-            self.finish_reason = "max_turns"  # nobody would read the results, so the tools do not run
+        elif self.turns == self._limits.max_turns:
+            self._reach("max_turns")  # nobody would read the results, so the tools do not run
         else:
-            await self._answer_calls(turn.calls, first)
-        return turn.text
+            await self._answer_calls(calls, drawn.message["tool_calls"])
+        return drawn.turn.text
 
-    async def _answer_calls(self, calls: Sequence[ToolCall | MalformedCall], first: int) -> None:
+    def _reach(self, limit: Limit, *, cut: bool = False) -> str:
+        """A limit ends the conversation. `cut`: in the middle of a turn."""
+        self.finish_reason = limit
+        choice = self._limits.choice(limit)
+        if choice == "truncate" and cut and self.turns > 1:
+            assert self._node.parent is not None
+            self._conversation.transcript.drop(self._node, limit)
+            self._node = self._node.parent
+            self.messages.pop()
+            self.turns -= 1
+        elif choice == "error" or (choice == "truncate" and cut):
+            nothing = ", and without the turn that it cut there is nothing to train" if choice == "truncate" else ""
+            raise LimitReached(
+                f"the conversation came to its limit {limit!r} in turn {self.turns}, with {self.drawn_tokens} tokens "
+                f"drawn{nothing} (on_limit={choice!r})."
+            )
+        return ""
+
+    async def _answer_calls(
+        self, calls: Sequence[ToolCall | MalformedCall], written: Sequence[Mapping[str, Any]]
+    ) -> None:
         """Run all calls of one turn at once; their results come in the order of the calls."""
         results = [ToolResult("")] * len(calls)
 
@@ -162,10 +218,10 @@ class Chat:
             async with anyio.create_task_group() as group:
                 for index in range(len(calls)):
                     group.start_soon(answer, index)
-        for index, (call, result) in enumerate(zip(calls, results, strict=True)):
+        for call, asked, result in zip(calls, written, results, strict=True):
             self.tool_errors += result.error
-            name = call.name if isinstance(call, ToolCall) else "malformed"
-            self._say({"role": "tool", "name": name, "tool_call_id": _call_id(first + index), "content": result.text})
+            name = call.name if isinstance(call, ToolCall) else MALFORMED
+            self._say({"role": "tool", "name": name, "tool_call_id": asked["id"], "content": result.text})
 
     async def _invoke(self, call: ToolCall | MalformedCall) -> ToolResult:
         if isinstance(call, MalformedCall):
@@ -179,31 +235,3 @@ class Chat:
     def _say(self, message: dict[str, Any]) -> None:
         self.messages.append(message)
         self._unread.append(message)
-
-
-def _as_tool(tool: Tool[..., Any] | Callable[..., Any]) -> Tool[..., Any]:
-    return tool if isinstance(tool, Tool) else Tool(tool)
-
-
-def _call_id(number: int) -> str:
-    """Nine letters and digits: the strictest of the known templates (Mistral) asks for that."""
-    return f"call{number:05d}"
-
-
-def _as_message(turn: Turn, first: int) -> dict[str, Any]:
-    """The turn as a message, for people and logs: it is never rendered to tokens again."""
-    message: dict[str, Any] = {"role": "assistant", "content": turn.text}
-    if turn.thoughts:
-        message["reasoning_content"] = turn.thoughts
-    if turn.calls:
-        message["tool_calls"] = [
-            {"type": "function", "id": _call_id(first + index), "function": _as_function(call)}
-            for index, call in enumerate(turn.calls)
-        ]
-    return message
-
-
-def _as_function(call: ToolCall | MalformedCall) -> dict[str, Any]:
-    if isinstance(call, MalformedCall):
-        return {"name": "malformed", "arguments": call.text}
-    return {"name": call.name, "arguments": call.arguments}

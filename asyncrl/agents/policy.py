@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import structlog
+
+from asyncrl.config import ChatConfig
 from asyncrl.errors import RolloutContractError, SamplerRequestError
-from asyncrl.types import Completion, Sampler, SampleRequest, SamplingParams
+from asyncrl.types import Completion, Rollout, Sampler, SampleRequest, SamplingParams
 
 if TYPE_CHECKING:
     from asyncrl.agents.chat import Chat
+    from asyncrl.agents.conversation import Conversation, History
+    from asyncrl.agents.endpoint.server import Endpoint
     from asyncrl.agents.template import TurnTemplate
     from asyncrl.agents.tools import Tool
+    from asyncrl.sections import Limit, LimitChoice
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What `policy.score` says."""
+
+    logprobs: list[float]
+    """[N - start] of each token from `start` on, given all before it; natural log, at temperature 1."""
+    version: int
+    """The weights that said so: those that the rollout is pinned to, or the newest."""
 
 
 class PolicyContext:
@@ -26,13 +45,21 @@ class PolicyContext:
         params: SamplingParams,
         max_seq_len: int,
         load_tokenizer: Callable[[], Any],
+        chat: ChatConfig | None = None,
+        endpoint: Endpoint | None = None,
     ) -> None:
         self.sampler = sampler
         self.params = params
         """Used by every request that asks for nothing else. `stop_token_ids` are those of the model."""
         self.max_seq_len = max_seq_len
         """Longest sequence in tokens, prompt included."""
+        self.chat = chat or ChatConfig()
+        self.endpoint = endpoint
+        """Where agent programs reach the policy; None: nowhere."""
         self._load_tokenizer = load_tokenizer
+        self.totals: Counter[str] = Counter()
+        """What happened to transcripts, in all rollouts since the last step record."""
+        self._warned: set[str] = set()
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -43,21 +70,29 @@ class PolicyContext:
     def template(self) -> TurnTemplate:
         from asyncrl.agents.template import TurnTemplate
 
-        return TurnTemplate(self.tokenizer)
+        return TurnTemplate(self.tokenizer, self.chat.template)
+
+    def warn_once(self, event: str, reason: str) -> None:
+        """Once for a run: thousands of rollouts would say the same."""
+        if event not in self._warned:
+            self._warned.add(event)
+            log.warning(event, reason=reason)
 
 
 class Policy:
-    """A handle on the policy for one rollout. Made for every rollout, so it holds four words and nothing else.
+    """A handle on the policy for one rollout. Made for every rollout, so it holds a few words and nothing else.
 
     Temperature, top-p and top-k are those of `Config.sampling`: the trainer has to know them.
     """
 
-    __slots__ = ("_context", "_pinned", "_session", "oldest_version")
+    __slots__ = ("_captured", "_context", "_key", "_pinned", "_session", "oldest_version")
 
     def __init__(self, context: PolicyContext, session: str | int, version: int | None = None) -> None:
         self._context = context
         self._session = session
         self._pinned = version
+        self._captured: Conversation | None = None
+        self._key: str | None = None
         self.oldest_version: int | None = None
         """The oldest weights that drew a token for this handle; None before the first."""
 
@@ -115,6 +150,33 @@ class Policy:
             self.oldest_version = oldest
         return completion
 
+    async def score(self, token_ids: Sequence[int], start: int) -> Scored:
+        """How likely the policy finds tokens that it need not have drawn: an answer, behind what it has read so far.
+
+        Args:
+            token_ids: Context and answer. Together at most `max_seq_len` less one.
+            start: The first token to score, at least 1. A sampler may spend a request on each token from there on.
+
+        Raises:
+            RolloutContractError: no token to score, or none before it, or too many.
+            SamplerRequestError: the sampler refused or lost this request.
+        """
+        context = self._context
+        if not 1 <= start < len(token_ids) < context.max_seq_len:
+            raise RolloutContractError(
+                f"policy.score was called with {len(token_ids)} tokens and start={start}. Expected a context of at "
+                f"least one token, then at least one to score, and fewer than max_seq_len={context.max_seq_len} in all."
+            )
+        while True:
+            version = self.version
+            try:
+                found = await context.sampler.score(token_ids, version, start=start, session=str(self._session))
+            except SamplerRequestError:
+                if self.version == version:
+                    raise  # else it may have been refused because newer weights came live meanwhile
+            else:
+                return Scored(found, version)
+
     def chat(
         self,
         messages: str | Sequence[Mapping[str, Any]],
@@ -122,6 +184,9 @@ class Policy:
         tools: Sequence[Tool[..., Any] | Callable[..., Any]] = (),
         max_turns: int = 8,
         max_tokens: int | None = None,
+        max_total_tokens: int | None = None,
+        on_limit: LimitChoice | Mapping[Limit, LimitChoice] | None = None,
+        history: History | None = None,
     ) -> Chat:
         """Start a conversation: messages and tools in, messages out, tokens kept exactly.
 
@@ -130,10 +195,103 @@ class Policy:
             tools: What the model may call: `@asyncrl.tool` functions, or typed functions and methods.
             max_turns: Most turns of the model.
             max_tokens: Most tokens of one turn; `sampling.max_tokens` if left out.
+            max_total_tokens: Most tokens that the model may draw in all turns together; no limit if left out.
+            on_limit: What happens at a limit; `Config.chat.on_limit` if left out.
+            history: What the model reads of its earlier turns; `Config.chat.history` if left out.
         """
-        from asyncrl.agents.chat import Chat
+        from asyncrl.agents.chat import Chat, Limits
+        from asyncrl.agents.conversation import Conversation
 
-        return Chat(self, self._context.template, messages, tools=tools, max_turns=max_turns, max_tokens=max_tokens)
+        settings = self._context.chat
+        choices = settings.on_limit if on_limit is None else on_limit
+        return Chat(
+            Conversation(self, history=history or settings.history, realign_tokens=settings.realign_tokens),
+            self,
+            messages,
+            tools=tools,
+            limits=Limits(max_turns, max_tokens, max_total_tokens, choices),
+        )
+
+    @property
+    def openai_base_url(self) -> str:
+        """The `base_url` of an OpenAI client whose calls become this rollout: see `captured_run`.
+
+        Raises:
+            RolloutContractError: this policy has no endpoint (it was made by hand).
+        """
+        return f"{self._endpoint.url}/v1"
+
+    @property
+    def anthropic_base_url(self) -> str:
+        """The `base_url` of an Anthropic client whose calls become this rollout."""
+        return self._endpoint.url
+
+    @property
+    def openai_api_key(self) -> str:
+        """The key of this rollout, for either kind of client. It ends with the rollout."""
+        if self._key is None:
+            self._key = self._endpoint.register(self)
+        return self._key
+
+    @property
+    def captured(self) -> Conversation:
+        """What was said through the endpoint under this rollout's key."""
+        if self._captured is None:
+            from asyncrl.agents.conversation import Conversation
+
+            settings = self._context.chat
+            self._captured = Conversation(self, history=settings.history, realign_tokens=settings.realign_tokens)
+        return self._captured
+
+    def captured_run(self, reward: float, *, turn_rewards: Sequence[float] | None = None, **info: Any) -> Rollout:
+        """What the rollout function returns after an agent program has used the endpoint.
+
+        Exact to the token; conversations beside each other (sub-agents, branches, a rewritten history) become segments
+        of one run. `turn_rewards`: one for each call that was answered, in order. `info` goes to the rollout log.
+
+        Raises:
+            RolloutContractError: no call under this rollout's key was answered.
+        """
+        transcript = self.captured.transcript
+        if not transcript.turns:
+            raise RolloutContractError(
+                "no call reached the policy under this rollout's key, so there is nothing to train on. Give the "
+                "agent's client base_url=policy.openai_base_url and api_key=policy.openai_api_key (an Anthropic client "
+                "base_url=policy.anthropic_base_url), or return None to drop the draw."
+            )
+        record: dict[str, Any] = {"turns": len(transcript.turns)}
+        if transcript.counts:
+            record["transcript"] = dict(transcript.counts)
+        return transcript.rollout(
+            reward, lambda leaf: {"messages": list(leaf.messages), **record, **info}, turn_rewards
+        )
+
+    def close(self) -> None:
+        """The rollout has ended: its key is void, and calls that are still under way are broken off."""
+        if self._key is not None:
+            self._endpoint.revoke(self._key)
+
+    @property
+    def _endpoint(self) -> Endpoint:
+        if self._context.endpoint is None:
+            raise RolloutContractError(
+                "this policy has no endpoint for agent programs. Inside of asyncrl.train and asyncrl.evaluate "
+                "`prompt.policy` has one; a PolicyContext that you make yourself needs endpoint=..."
+            )
+        return self._context.endpoint
+
+    @property
+    def template(self) -> TurnTemplate:
+        """The chat template, as turns are joined with it. Shared by all rollouts."""
+        return self._context.template
+
+    @property
+    def totals(self) -> Counter[str]:
+        """Where the transcripts of all rollouts count (`PolicyContext.totals`)."""
+        return self._context.totals
+
+    def warn_once(self, event: str, reason: str) -> None:
+        self._context.warn_once(event, reason)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

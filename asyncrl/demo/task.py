@@ -36,7 +36,7 @@ def calculator(expression: str) -> int:
     return int(OPERATORS[match[2]](int(match[1]), int(match[3])))
 
 
-async def rollout(prompt: asyncrl.Prompt) -> asyncrl.RolloutSample:
+async def rollout(prompt: asyncrl.Prompt) -> asyncrl.Rollout:
     """Let the agent solve one problem; it is right or it is not."""
     chat = prompt.policy.chat(prompt["messages"], tools=[calculator], max_turns=4)
     answer = await chat.run()

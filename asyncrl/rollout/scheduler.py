@@ -29,6 +29,7 @@ from asyncrl.rollout.contract import Contract
 from asyncrl.rollout.failures import Breaker, FailurePolicy, Verdict, is_ours, users_traceback
 from asyncrl.rollout.grading import Grader, SignalPatience
 from asyncrl.rollout.group import Member, OpenGroup
+from asyncrl.rollout.guests import Guests
 from asyncrl.rollout.queue import GroupQueue
 from asyncrl.rollout.staleness import StalenessBudget
 from asyncrl.storage.ledger import Ledger
@@ -87,6 +88,7 @@ class Scheduler:
     make_policy: PolicyFactory
     budget: StalenessBudget
     slots: ConcurrencyController
+    guests: Guests
     queue: GroupQueue
     ledger: Ledger
     contract: Contract
@@ -168,6 +170,7 @@ class Scheduler:
             self._start(group.start_member())
             if group.all_started:
                 self._opening.popleft()
+        self.guests.admit()
         self._close_if_done()
 
     def published(self, version: int) -> None:
@@ -253,7 +256,7 @@ class Scheduler:
                 row=group.draw.index,
                 epoch=group.draw.epoch,
                 version=group.version,
-                runs=runs,
+                runs=list(self.grader.spread(runs, advantages)),
                 advantages=advantages,
                 admitted_at=group.admitted_at,
                 finished_at=self._loop.time(),
@@ -291,13 +294,14 @@ class Scheduler:
             if not self._stopped:
                 raise
         except Exception as error:  # ours or the user's: either way it ends the run, and nobody awaits this task
-            self._fail(error)
+            self.fail(error)
         finally:
             self._running.pop(member.task, None)
             self._overdue.pop(member.task, None)
 
     def _end(self, member: Member, run: RolloutRun | None) -> None:
         self.slots.release()
+        self.guests.admit()  # before the rollouts of this scheduler: they get the slots that an evaluation frees
         self.finished_rollouts += 1
         self.counts.rollouts += 1
         self._end_member(member, run)
@@ -340,6 +344,8 @@ class Scheduler:
         except asyncio.CancelledError:
             self._explain_cancellation(member)
             raise
+        finally:
+            policy.close()
         if result is None:
             return None
         oldest = policy.oldest_version
@@ -381,7 +387,8 @@ class Scheduler:
             ) from error
         return True
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
+        """End the run with this error, unless one came before."""
         if not self._failure.done():
             self._failure.set_exception(error)
         self.stop()
@@ -414,7 +421,7 @@ class Scheduler:
         try:
             self._end(member, None)
         except UserError as error:  # of the user's advantage or filter: the sweeper must not die of it
-            self._fail(error)
+            self.fail(error)
 
 
 def _first(members: dict[asyncio.Task[None], Member]) -> Member | None:

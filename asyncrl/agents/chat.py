@@ -6,6 +6,7 @@ Context comes from the chat template, completions from the sampler, and both sta
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,7 @@ class Chat:
         self._limits = limits
         self._node = conversation.transcript.root
         self._unread = list(self.messages)  # messages that are not in the transcript yet
+        self._tool_seconds: list[float] = []
 
     async def run(self) -> str:
         """Let the model speak and call tools until it answers or must stop. Returns the text of its last turn.
@@ -109,7 +111,7 @@ class Chat:
         if left is not None and left < 1:
             return self._reach("total_tokens")
         most = min((limit for limit in (limits.max_tokens, left) if limit is not None), default=None)
-        drawn = await self._conversation.draw_at(place, max_tokens=most)
+        drawn = await self._conversation.draw_at(place, self._schemas, max_tokens=most)
         self._node = drawn.node
         self._unread.clear()
         self.turns += 1
@@ -126,6 +128,7 @@ class Chat:
         twin._node, twin._unread = self._node, list(self._unread)
         twin.finish_reason, twin.turns, twin.drawn_tokens = self.finish_reason, self.turns, self.drawn_tokens
         twin.tool_calls, twin.tool_errors = self.tool_calls, self.tool_errors
+        twin._tool_seconds = list(self._tool_seconds)
         return twin
 
     def sample(self, reward: float, *, turn_rewards: Sequence[float] | None = None, **info: Any) -> Rollout:
@@ -142,12 +145,14 @@ class Chat:
             "tool_calls": self.tool_calls,
             "tool_errors": self.tool_errors,
         }
+        if self._tool_seconds:
+            record["tool_seconds"] = list(self._tool_seconds)
         if transcript.counts:
             record["transcript"] = dict(transcript.counts)
 
         def about(leaf: Node) -> Mapping[str, Any]:
             messages = self.messages if leaf is self._node else leaf.messages
-            return {"messages": [dict(message) for message in messages], **record, **info}
+            return {"messages": [dict(message) for message in messages], **record, **leaf.times(), **info}
 
         return transcript.rollout(reward, about, turn_rewards)
 
@@ -207,10 +212,12 @@ class Chat:
         self, calls: Sequence[ToolCall | MalformedCall], written: Sequence[Mapping[str, Any]]
     ) -> None:
         """Run all calls of one turn at once; their results come in the order of the calls."""
-        results = [ToolResult("")] * len(calls)
+        results, seconds = [ToolResult("")] * len(calls), [0.0] * len(calls)
 
         async def answer(index: int) -> None:
+            began = time.monotonic()
             results[index] = await self._invoke(calls[index])
+            seconds[index] = round(time.monotonic() - began, 3)
 
         if len(calls) == 1:
             await answer(0)
@@ -218,6 +225,7 @@ class Chat:
             async with anyio.create_task_group() as group:
                 for index in range(len(calls)):
                     group.start_soon(answer, index)
+        self._tool_seconds += seconds
         for call, asked, result in zip(calls, written, results, strict=True):
             self.tool_errors += result.error
             name = call.name if isinstance(call, ToolCall) else MALFORMED

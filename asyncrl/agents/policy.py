@@ -263,7 +263,7 @@ class Policy:
         if transcript.counts:
             record["transcript"] = dict(transcript.counts)
         return transcript.rollout(
-            reward, lambda leaf: {"messages": list(leaf.messages), **record, **info}, turn_rewards
+            reward, lambda leaf: {"messages": list(leaf.messages), **record, **leaf.times(), **info}, turn_rewards
         )
 
     def close(self) -> None:
@@ -292,6 +292,11 @@ class Policy:
 
     def warn_once(self, event: str, reason: str) -> None:
         self._context.warn_once(event, reason)
+
+    @property
+    def params(self) -> SamplingParams:
+        """How a request is drawn that asks for nothing else."""
+        return self._context.params
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

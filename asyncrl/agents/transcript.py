@@ -24,7 +24,7 @@ EMPTY = Completion((), (), (), "stop")
 class Node:
     """One turn of the policy, or the root, which is none."""
 
-    __slots__ = ("children", "completion", "context", "drawing", "messages", "parent", "text")
+    __slots__ = ("children", "completion", "context", "drawing", "messages", "parent", "seconds", "text")
 
     def __init__(self, parent: Node | None, context: Sequence[int], completion: Completion) -> None:
         self.parent = parent
@@ -36,6 +36,8 @@ class Node:
         """Turns that are being drawn after this one: until they are there, it must stay as it is."""
         self.messages: Sequence[Mapping[str, Any]] = ()
         """The conversation in words, for the log. Only leaves keep it."""
+        self.seconds = 0.0
+        """How long the completion took."""
         self.text: str | None = None
         """Of this turn alone, context and completion; None until somebody asks (`conversation.py`)."""
 
@@ -48,6 +50,10 @@ class Node:
             node = node.parent
         nodes.reverse()
         return nodes
+
+    def times(self) -> dict[str, list[float]]:
+        """For the rollout log: how long each turn of the policy took (s)."""
+        return {"turn_seconds": [round(node.seconds, 3) for node in self.path()]}
 
 
 class Transcript:

@@ -29,7 +29,7 @@ ROLE_NAME = re.compile(r"<(?:\|im_start\||\|start_header_id\||start_of_turn)>\s*
 """How the chat templates in use open a turn. Text of any other template is shown as `context`."""
 STYLES = {"system": "magenta", "user": "cyan", "tool": "yellow", "policy": "bold green", "context": "bright_black"}
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-SHOWN_ELSEWHERE = {"messages", "finish_reason", "turns", "tool_calls", "tool_errors"}
+SHOWN_ELSEWHERE = {"messages", "finish_reason", "turns", "tool_calls", "tool_errors", "tool_seconds", "turn_seconds"}
 GUTTER = 11
 """Columns of the role's name."""
 LONGEST_INFO = 300
@@ -45,6 +45,8 @@ class Rollout:
     member: int
     reward: float
     advantage: float | None
+    seconds: float | None
+    """How long it took; None in logs that do not say."""
     samples: list[dict[str, Any]]
     """Its segments, as `storage.rollouts.describe` writes them."""
 
@@ -54,7 +56,7 @@ class Rollout:
 
     @property
     def text(self) -> str:
-        return "".join(text for sample in self.samples for turn in sample["text"] for text in turn.values())
+        return "".join(stretch["text"] for sample in self.samples for stretch in sample["text"])
 
     @property
     def went_wrong(self) -> bool:
@@ -143,7 +145,7 @@ def read_rollouts(path: Path) -> Iterator[Rollout]:
         try:
             group = json.loads(line)
             rollouts = [
-                Rollout(group, member, rollout["reward"], rollout["advantage"], rollout["samples"])
+                Rollout(group, member, rollout["reward"], rollout["advantage"], rollout["seconds"], rollout["samples"])
                 for member, rollout in enumerate(group.pop("rollouts"))
             ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -186,17 +188,63 @@ def show(rollout: Rollout, console: Console) -> None:
         align="left",
     )
     console.print(f"reward {_number(rollout.reward)}   advantage {_number(rollout.advantage)}", style="bold")
-    console.print(f"admitted at version {group['version']}   the group took {group['seconds']:.1f} s")
+    took = "" if rollout.seconds is None else f"it took {rollout.seconds:.1f} s, "
+    console.print(f"admitted at version {group['version']}   {took}the group {group['seconds']:.1f} s")
     for index, sample in enumerate(rollout.samples):
         if len(rollout.samples) > 1:
             console.print(f"segment {index + 1} of {len(rollout.samples)}", style="bold")
         for line in _facts(sample):
             console.print(Text(line, "bright_black"))
-        for turn in sample["text"]:
-            for kind, text in turn.items():
-                for role, piece in _by_role(kind, text):
-                    _print_turn(console, role, piece)
+        for line in _calls(sample.get("info", {})):
+            console.print(line, soft_wrap=True)
+        for stretch, seconds in _timed(sample):
+            for role, piece in _by_role(stretch["kind"], stretch["text"]):
+                _print_turn(console, role, piece)
+            if stretch["kind"] == "policy":
+                console.print(Text(" " * GUTTER + _about(stretch, seconds), "bright_black"))
     console.print()
+
+
+def _timed(sample: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], float | None]]:
+    """Each stretch of text, the policy's with the seconds it took to draw.
+
+    The log has seconds for all turns of the conversation; those that another segment trains are its first ones.
+    """
+    seconds = sample.get("info", {}).get("turn_seconds") or []
+    drawn = sum(stretch["kind"] == "policy" for stretch in sample["text"])
+    times = iter(seconds[-drawn:] if 0 < drawn <= len(seconds) else [])
+    for stretch in sample["text"]:
+        yield stretch, next(times, None) if stretch["kind"] == "policy" else None
+
+
+def _about(stretch: Mapping[str, Any], seconds: float | None) -> str:
+    facts = [f"{stretch['tokens']} tokens"]
+    if stretch["versions"]:
+        facts.append(f"version {', '.join(map(str, stretch['versions']))}")
+    facts.append(f"log-prob {_number(stretch['logprob_mean'])}")
+    if seconds is not None:
+        facts.append(f"{seconds:.2f} s")
+    return "╰ " + " · ".join(facts)
+
+
+def _calls(info: Mapping[str, Any]) -> Iterator[Text]:
+    """The tool calls of a chat, one line each: what was called, what came back, how long it took."""
+    messages = [message for message in info.get("messages") or () if isinstance(message, dict)]
+    results = {message.get("tool_call_id"): message.get("content") for message in messages}
+    times = iter(info.get("tool_seconds") or ())
+    for call in (call for message in messages for call in message.get("tool_calls") or ()):
+        function, result = call["function"], results.get(call["id"])
+        line = Text.assemble(
+            (" " * GUTTER + "→ ", STYLES["tool"]), f"{_visible(str(function['name']))} {_brief(function['arguments'])}"
+        )
+        if result is None:
+            line.append("   not run", "bright_black")
+        else:
+            failed = str(result).startswith("Error")
+            line.append(f"   {_brief(result)}", "red" if failed else "default")
+            if (seconds := next(times, None)) is not None:
+                line.append(f"   {seconds:.2f} s", "bright_black")
+        yield line
 
 
 def _facts(sample: Mapping[str, Any]) -> Iterator[str]:
@@ -205,8 +253,7 @@ def _facts(sample: Mapping[str, Any]) -> Iterator[str]:
     drawn = f"   drawn by version {', '.join(map(str, versions))}" if versions else ""
     yield f"{sample['tokens']} tokens, {sample['loss_tokens']} trained{drawn}"
     facts = []
-    if "logprob_mean" in sample:
-        facts.append(f"log-prob mean {_number(sample['logprob_mean'])}, lowest {_number(sample['logprob_min'])}")
+    facts.append(f"log-prob mean {_number(sample['logprob_mean'])}, lowest {_number(sample['logprob_min'])}")
     if "advantage_mean" in sample:
         facts.append(f"mean advantage of its tokens {_number(sample['advantage_mean'])}")
     info = sample.get("info", {})
@@ -215,8 +262,7 @@ def _facts(sample: Mapping[str, Any]) -> Iterator[str]:
     if info.get("tool_calls"):
         failed = f" ({info['tool_errors']} failed)" if info.get("tool_errors") else ""
         facts.append(f"tool calls {_brief(info['tool_calls'])}{failed}")
-    if facts:
-        yield "   ".join(facts)
+    yield "   ".join(facts)
     for name, value in info.items():
         if name not in SHOWN_ELSEWHERE:
             yield f"{_visible(name)}: {_brief(value)}"

@@ -37,6 +37,8 @@ class OpenGroup:
     version: int
     admitted_at: float
     runs: dict[int, RolloutRun] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
+    """How long each run took."""
     started: int = 0
     ended: int = 0
 
@@ -54,10 +56,11 @@ class OpenGroup:
         self.started += 1
         return member
 
-    def end_member(self, member: Member, run: RolloutRun | None) -> None:
-        """The member has a run, or is lost."""
+    def end_member(self, member: Member, run: RolloutRun | None, now: float) -> None:
+        """The member has a run at time `now`, or is lost."""
         assert member.index not in self.runs
         self.ended += 1
         assert self.ended <= self.started
         if run is not None:
             self.runs[member.index] = run
+            self.seconds[member.index] = now - member.started_at

@@ -23,10 +23,15 @@ from typing import Any
 import structlog
 
 from asyncrl.data import Prompt, PromptStream
-from asyncrl.errors import BreakerOpen, RolloutContractError, RolloutFailed, RolloutTimeout, UserError
+from asyncrl.errors import (
+    BreakerOpen,
+    RolloutError,
+    RolloutTimeout,
+    UserError,
+)
 from asyncrl.rollout.concurrency import ConcurrencyController
 from asyncrl.rollout.contract import Contract
-from asyncrl.rollout.failures import Breaker, FailurePolicy, Verdict, is_ours, users_traceback
+from asyncrl.rollout.failures import Breaker, FailurePolicy, Verdict, fatal, is_ours, leaves
 from asyncrl.rollout.grading import Grader, SignalPatience
 from asyncrl.rollout.group import Member, OpenGroup
 from asyncrl.rollout.guests import Guests
@@ -222,7 +227,7 @@ class Scheduler:
 
     def _end_member(self, member: Member, run: RolloutRun | None) -> None:
         group = member.group
-        group.end_member(member, run)
+        group.end_member(member, run, self._loop.time())
         if run is not None:
             self._breaker.succeeded()
             self.counts.reward_sum += run.reward
@@ -260,6 +265,7 @@ class Scheduler:
                 advantages=advantages,
                 admitted_at=group.admitted_at,
                 finished_at=self._loop.time(),
+                seconds=[group.seconds[index] for index in sorted(group.runs)],
             )
         )
 
@@ -290,9 +296,9 @@ class Scheduler:
             run = await self._draw(member)
             if not member.abandoned:
                 self._end(member, run)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit) as error:  # at the end of the run, unless the rollout made it
             if not self._stopped:
-                raise
+                self.fail(fatal(repr(member), error, budget_spent=False))
         except Exception as error:  # ours or the user's: either way it ends the run, and nobody awaits this task
             self.fail(error)
         finally:
@@ -312,7 +318,9 @@ class Scheduler:
         while True:
             try:
                 run = await self._attempt(member)
-            except (Exception, SystemExit) as error:
+            except (asyncio.CancelledError, GeneratorExit):
+                raise
+            except BaseException as error:  # asyncio lets a SystemExit of one rollout end the loop, and so the run
                 lost = self._judge(member, error)
             else:
                 if run is not None:
@@ -355,12 +363,14 @@ class Scheduler:
 
     def _explain_cancellation(self, member: Member) -> None:
         """Who cancelled: the time limit, the end of the run (nothing is raised), or the rollout itself?"""
-        if member.timed_out and not self._stopped:
-            member.timed_out = False
+        if self._stopped:
+            return
+        while member.task.cancelling():
             member.task.uncancel()
+        if member.timed_out:
+            member.timed_out = False
             raise RolloutTimeout(f"{member} took longer than rollout.timeout_s={self.settings.timeout_s:g} s") from None
-        if not member.task.cancelling():
-            raise RolloutFailed(f"{member} raised CancelledError, though nobody had cancelled it") from None
+        raise RolloutError(f"{member} ended with CancelledError, though nobody had cancelled it") from None
 
     def _judge(self, member: Member, error: BaseException) -> bool:
         """Whether the member is lost (else it is drawn again).
@@ -371,9 +381,9 @@ class Scheduler:
             BreakerOpen: too many members were lost.
         """
         if is_ours(error):
-            raise error
+            raise next(filter(is_ours, leaves(error)))
         if self.failures.judge(error) is Verdict.FATAL:
-            raise _fatal(member, error, budget_spent=self.failures.budget_spent) from error
+            raise fatal(repr(member), error, budget_spent=self.failures.budget_spent) from error
         log.info("a rollout failed", rollout=repr(member), error=repr(error), retries=self.failures.retries)
         if member.attempt < self.failures.retries:
             return False
@@ -426,18 +436,3 @@ class Scheduler:
 
 def _first(members: dict[asyncio.Task[None], Member]) -> Member | None:
     return next(iter(members.values()), None)
-
-
-def _fatal(member: Member, error: BaseException, *, budget_spent: bool) -> RolloutFailed:
-    """One message with the prompt, the user's traceback, and what to do."""
-    if isinstance(error, RolloutContractError):
-        return RolloutFailed(
-            f"{member} returned a sample that cannot be trained:\n{error}\n"
-            "Mend the rollout function, or set rollout.on_error='drop' to go on without such samples."
-        )
-    hint = (
-        "rollout.error_budget is used up."
-        if budget_spent
-        else "Raise asyncrl.RecoverableRolloutError for what a second try can mend, or set rollout.on_error='drop'."
-    )
-    return RolloutFailed(f"{member} failed:\n{users_traceback(error)}\n{hint}")

@@ -57,6 +57,7 @@ class RolloutLog:
 
 def describe(step: int, group: Group, decode: Decode) -> dict[str, Any]:
     """One group as the log shows it."""
+    seconds_of_runs: Sequence[float | None] = group.seconds or [None] * len(group.runs)
     return {
         "step": step,
         "row": group.row,
@@ -70,9 +71,10 @@ def describe(step: int, group: Group, decode: Decode) -> dict[str, Any]:
             {
                 "reward": run.reward,
                 "advantage": advantage,
+                "seconds": round(seconds, 3) if seconds is not None else None,
                 "samples": [_describe_sample(sample, decode) for sample in run.segments],
             }
-            for run, advantage in zip(group.runs, group.advantages, strict=True)
+            for run, advantage, seconds in zip(group.runs, group.advantages, seconds_of_runs, strict=True)
         ],
     }
 
@@ -85,19 +87,31 @@ def _describe_sample(sample: RolloutSample, decode: Decode) -> dict[str, Any]:
         "tokens": len(sample.tokens),
         "loss_tokens": trained,
         "versions": sorted(drawn_by),
-        "text": _turns(sample, decode),
+        "text": _stretches(sample, decode),
     }
     if trained:
         logprobs = list(compress(sample.logprobs, sample.loss_mask))
         described |= {"logprob_mean": round(sum(logprobs) / trained, 4), "logprob_min": round(min(logprobs), 4)}
     if sample.advantages is not None:
         described["advantage_mean"] = sum(compress(sample.advantages, sample.loss_mask)) / trained
+    if sample.turn_rewards is not None:
+        described["turn_rewards"] = list(sample.turn_rewards)
     return described | ({"info": dict(sample.info)} if sample.info else {})
 
 
-def _turns(sample: RolloutSample, decode: Decode) -> list[dict[str, str]]:
+def _stretches(sample: RolloutSample, decode: Decode) -> list[dict[str, Any]]:
     """The text cut where the mask changes: `policy` is what is trained, `context` is everything else."""
-    turns = []
-    for trained, pairs in groupby(zip(sample.loss_mask, sample.tokens, strict=True), key=lambda pair: bool(pair[0])):
-        turns.append({"policy" if trained else "context": decode([token for _, token in pairs])})
-    return turns
+    stretches: list[dict[str, Any]] = []
+    versions = sample.versions or [0] * len(sample.tokens)
+    columns = zip(sample.loss_mask, sample.tokens, sample.logprobs, versions, strict=True)
+    for trained, rows in groupby(columns, key=lambda row: bool(row[0])):
+        _, tokens, logprobs, drawn_by = zip(*rows, strict=True)
+        stretch: dict[str, Any] = {"kind": "policy" if trained else "context", "text": decode(list(tokens))}
+        if trained:
+            stretch |= {
+                "tokens": len(tokens),
+                "versions": sorted(set(drawn_by)) if sample.versions else [],
+                "logprob_mean": round(sum(logprobs) / len(logprobs), 4),
+            }
+        stretches.append(stretch)
+    return stretches

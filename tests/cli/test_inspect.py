@@ -68,11 +68,12 @@ def test_a_rollout_is_shown_with_its_numbers_and_what_is_trained(look: Callable[
     text = look("--contains", "five")
     assert "reward 0.000   advantage 0.250" in text
     assert "drawn by version 6, 7" in text
-    assert "admitted at version 6   the group took 2.5 s" in text
+    assert "admitted at version 6   the group 2.5 s" in text
     assert "log-prob mean -0.639, lowest -3.000" in text  # 17 tokens at -0.5 and one at -3
     assert "tool calls 1 (1 failed)" in text
     marked = [line for line in text.splitlines() if "┃" in line]
     assert marked == ["policy     ┃ <tool_call>2+2", "policy     ┃ five"]
+    assert "╰ 14 tokens · version 6 · log-prob -0.500\n" in text
     roles = [line.split()[0] for line in text.splitlines() if line[:1].isalpha() and "<" in line]
     assert roles == ["user", "assistant", "policy", "user", "tool"]
 
@@ -137,10 +138,32 @@ def test_a_line_that_is_being_written_is_left_out_and_a_broken_one_is_named(
     assert f"byte {len(lines[0])}: this line is not a group of rollouts" in capsys.readouterr().err
 
 
-def test_a_log_from_before_log_probs_were_written_is_shown(run: Path, look: Callable[..., str]) -> None:
-    log = run / "rollouts.jsonl"
-    log.write_text(log.read_text(encoding="utf-8").replace("logprob_", "other_"), encoding="utf-8")
-    assert "log-prob" not in look()
+def test_tool_calls_and_times_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = [{"id": f"c{n}", "type": "function", "function": {"name": "add", "arguments": {"a": n}}} for n in range(3)]
+    messages = [
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "c0", "content": "1"},
+        {"role": "tool", "tool_call_id": "c1", "content": "Error: no"},
+    ]
+    chat = sample(1.0, "four", messages=messages, tool_seconds=[0.25, 1.5], turn_seconds=[9.0, 0.5, 0.75])
+    logged = group(1, chat)
+    logged.seconds = [2.25]
+    log = RolloutLog(tmp_path / "rollouts.jsonl", decode, groups_per_step=4)
+    log.write(1, [logged])
+    log.close()
+    assert main(["inspect", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "it took 2.2 s, the group 2.5 s" in text
+    calls_shown = [line.split("→ ")[1] for line in text.splitlines() if "→" in line]
+    assert calls_shown == ['add {"a": 0}   1   0.25 s', 'add {"a": 1}   Error: no   1.50 s', 'add {"a": 2}   not run']
+    turns = [
+        line.split("╰ ")[1] for line in text.splitlines() if "╰" in line
+    ]  # the first of three is trained elsewhere
+    assert turns == [
+        "14 tokens · version 6 · log-prob -0.500 · 0.50 s",
+        "4 tokens · version 6, 7 · log-prob -1.125 · 0.75 s",
+    ]
 
 
 def test_the_log_is_read_no_further_than_needed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,9 @@ def test_a_group_reads_like_a_conversation() -> None:
     assert {"step": 4, "row": 5, "epoch": 1, "group": 9, "version": 3, "seconds": 2.5}.items() <= said.items()
     assert (said["rewards"], said["advantages"]) == ([1.0, 0.0], [1.0, -1.0])
     first, second = (rollout["samples"][0] for rollout in said["rollouts"])
-    assert first["text"] == [{"context": "2+2="}, {"policy": "4!"}, {"context": "o"}, {"policy": "k"}]
+    assert [(stretch["kind"], stretch["text"]) for stretch in first["text"]] == [
+        ("context", "2+2="), ("policy", "4!"), ("context", "o"), ("policy", "k"),
+    ]  # fmt: skip
     assert (first["tokens"], first["loss_tokens"], first["versions"]) == (8, 3, [3, 4])
     assert first["info"]["messages"][0]["role"] == "user"
     assert (first["logprob_mean"], first["logprob_min"]) == (-0.2, -0.4)  # of -0.1, -0.1 and -0.4; context is left out
@@ -50,7 +52,10 @@ def test_a_group_reads_like_a_conversation() -> None:
         "tokens": 5,
         "loss_tokens": 1,
         "versions": [],
-        "text": [{"context": "2+2="}, {"policy": "4"}],
+        "text": [
+            {"kind": "context", "text": "2+2="},
+            {"kind": "policy", "text": "4", "tokens": 1, "versions": [], "logprob_mean": 0.0},
+        ],
         "logprob_mean": 0.0,
         "logprob_min": 0.0,
     }

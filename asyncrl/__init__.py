@@ -15,12 +15,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from asyncrl.agents.environments.gymnasium import GymnasiumEnvironment
+    from asyncrl.agents.environments.text import Step, environment_rollout
+    from asyncrl.agents.environments.verifiers import verifiers_environment
+    from asyncrl.agents.mcp import mcp_tools
+    from asyncrl.agents.sandbox import run_python
     from asyncrl.agents.tools import Tool, tool
     from asyncrl.config import Config
     from asyncrl.data import Prompt
     from asyncrl.errors import AsyncRLError, RecoverableRolloutError
     from asyncrl.result import TrainResult
-    from asyncrl.rollout.evaluation import EvalResult
+    from asyncrl.rollout.estimate import EvalResult
     from asyncrl.run import evaluate, train, train_async
     from asyncrl.types import Completion, Rollout, RolloutRun, RolloutSample
     from asyncrl.workers import offload
@@ -31,19 +36,25 @@ _HOME = {
     "AsyncRLError": "asyncrl.errors",
     "Completion": "asyncrl.types",
     "Config": "asyncrl.config",
-    "EvalResult": "asyncrl.rollout.evaluation",
+    "EvalResult": "asyncrl.rollout.estimate",
+    "GymnasiumEnvironment": "asyncrl.agents.environments.gymnasium",
     "Prompt": "asyncrl.data",
     "RecoverableRolloutError": "asyncrl.errors",
     "Rollout": "asyncrl.types",
     "RolloutRun": "asyncrl.types",
     "RolloutSample": "asyncrl.types",
+    "Step": "asyncrl.agents.environments.text",
     "Tool": "asyncrl.agents.tools",
     "TrainResult": "asyncrl.result",
+    "environment_rollout": "asyncrl.agents.environments.text",
     "evaluate": "asyncrl.run",
+    "mcp_tools": "asyncrl.agents.mcp",
     "offload": "asyncrl.workers",
+    "run_python": "asyncrl.agents.sandbox",
     "tool": "asyncrl.agents.tools",
     "train": "asyncrl.run",
     "train_async": "asyncrl.run",
+    "verifiers_environment": "asyncrl.agents.environments.verifiers",
 }
 
 __all__ = [
@@ -51,18 +62,24 @@ __all__ = [
     "Completion",
     "Config",
     "EvalResult",
+    "GymnasiumEnvironment",
     "Prompt",
     "RecoverableRolloutError",
     "Rollout",
     "RolloutRun",
     "RolloutSample",
+    "Step",
     "Tool",
     "TrainResult",
+    "environment_rollout",
     "evaluate",
+    "mcp_tools",
     "offload",
+    "run_python",
     "tool",
     "train",
     "train_async",
+    "verifiers_environment",
 ]
 
 

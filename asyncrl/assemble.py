@@ -16,6 +16,7 @@ from asyncrl.rollout.concurrency import controller
 from asyncrl.rollout.contract import Contract
 from asyncrl.rollout.failures import FailurePolicy
 from asyncrl.rollout.grading import SignalPatience, grader
+from asyncrl.rollout.guests import Guests
 from asyncrl.rollout.queue import GroupQueue
 from asyncrl.rollout.scheduler import PolicyFactory, RolloutFn, RolloutSettings, Scheduler
 from asyncrl.rollout.staleness import StalenessBudget
@@ -41,6 +42,7 @@ def assemble(
     hard = config.staleness.policy == "wait"
     queue = GroupQueue(config.prompt_groups_per_step, config.staleness.max_staleness if hard else None)
     slots = controller(config.concurrency)
+    guests = Guests(slots, config.evaluation.concurrency)
     ledger = Ledger(write_ledger)
     most_groups = config.max_steps * config.prompt_groups_per_step if config.max_steps else None
     scheduler = Scheduler(
@@ -49,11 +51,12 @@ def assemble(
         make_policy=make_policy,
         budget=StalenessBudget(config.budget_groups, most_groups),
         slots=slots,
+        guests=guests,
         queue=queue,
         ledger=ledger,
         contract=contract or Contract(),
         failures=FailurePolicy(config.rollout),
-        grader=grader(config.advantage, config.group_filter, config.completions_per_prompt),
+        grader=grader(config.advantage, config.group_filter, config.completions_per_prompt, config.turn_discount),
         patience=SignalPatience(config.signal_patience_groups),
         settings=RolloutSettings(
             group_size=config.completions_per_prompt,
@@ -65,6 +68,7 @@ def assemble(
         ),
         live_version=lambda: sampler.version,
     )
+    guests.freed = scheduler.pump
     return Engine(
         settings=engine_settings(config, canary_tolerance),
         scheduler=scheduler,

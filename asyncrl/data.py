@@ -133,6 +133,12 @@ class Prompt(Mapping[str, Any]):
             self._rng = random.Random(f"{self._seed}/{self.epoch}/{self.index}/{self.rollout_index}")
         return self._rng
 
+    @property
+    def group_seed(self) -> int:
+        """A number for the world of this rollout, below 2**31: the same for all members of its group."""
+        world = f"{self._seed}/{self.epoch}/{self.index}/{self.evaluation}"
+        return random.Random(world).getrandbits(31)
+
     def __repr__(self) -> str:
         place = f"index={self.index}, epoch={self.epoch}, rollout_index={self.rollout_index}"
         return f"Prompt({place}, {dict(self._row)!r})"

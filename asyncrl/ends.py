@@ -71,7 +71,7 @@ async def open_sampler(config: Config, facts: ModelFacts, run_dir: Path) -> Asyn
             config,
             run_dir=run_dir,
             context_tokens=facts.max_seq_len,
-            keep_versions=config.staleness.max_staleness + 2,
+            keep_versions=config.staleness.max_staleness + 2 + bool(config.evaluation.interval),  # one is evaluated
         )
     else:
         from asyncrl.sampling.transformers import TransformersSampler

@@ -79,6 +79,7 @@ class Engine:
     trainer: Trainer
     on_step: Callable[[Record, Batch], None]
     on_gauges: Callable[[Mapping[str, float]], None] = lambda gauges: None
+    on_published: Callable[[int], None] = lambda version: None
     step: int = 0
     """Optimizer steps taken."""
     published: int = 0
@@ -232,6 +233,7 @@ class Engine:
         self._times.publish_s += _now() - began
         self.published = weights.version
         self.scheduler.published(weights.version)
+        self.on_published(weights.version)
 
     async def hot_load(self, weights: Weights) -> None:
         """Bring `weights` into the sampler, and have the canary look at them.
@@ -334,8 +336,8 @@ class Engine:
             f"{headline}.",
             f"engine: {self._phase}, for {now - self._phase_since:.0f} s",
             f"queue: {len(self.queue)} finished groups, {self.scheduler.open_groups} unfinished",
-            f"slots: {self.slots.in_flight} of {self.slots.window_size} rollouts; "
-            f"staleness budget: {self.scheduler.budget.free} of {self.scheduler.budget.slots} groups free",
+            f"slots: {self.slots.in_flight} of {self.slots.window_size} rollouts, "
+            f"{self.scheduler.guests.in_use} of an evaluation; staleness budget: {self.scheduler.budget.free} of {self.scheduler.budget.slots} groups free",
             f"sampler: {self._load}",
         ]
         lines += [f"rollout: {member}, for {age_s:.0f} s" for member, age_s in self.scheduler.oldest()]
@@ -391,6 +393,7 @@ class Engine:
             "loop_lag_s": self._lag.take(),
             "reward_mean": counts.reward_sum / counts.reward_count if counts.reward_count else trained_mean,
             "reward_trained_mean": trained_mean,
+            **batch.turn_rewards(),
             "groups_trained": len(batch.trained),
             "groups_filtered": counts.filtered,
             "groups_rejected": counts.rejected,

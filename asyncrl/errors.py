@@ -16,7 +16,8 @@
         ├── SamplerError                the sampler cannot start, or died
         ├── CanaryError                 sampler and trainer disagree after a hot-load
         ├── TrainerError                out of memory, NaN, an optimizer step that failed
-        └── StallError                  nothing moved for `stall_timeout_s`
+        ├── StallError                  nothing moved for `stall_timeout_s`
+        └── EvaluationFailed            an evaluation came to no result
 
 A message says what was found, what was expected, and what to do next.
 """
@@ -99,6 +100,10 @@ class TrainerError(EngineError):
 
 class StallError(EngineError):
     """Nothing moved for `stall_timeout_s`."""
+
+
+class EvaluationFailed(EngineError):
+    """An evaluation came to no result. Beside training it is reported, and the run goes on."""
 
 
 def first_failure(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from asyncrl.rollout.evaluation import EvalResult
+    from asyncrl.rollout.estimate import EvalResult
+    from asyncrl.rollout.evaluations import Evaluated
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,12 @@ class TrainResult:
     """Evaluation of the trained model."""
     ended_early: str | None = None
     """Why the run ended before its data and its steps did (`signal_patience_groups`); None: it did not."""
+    evaluations: tuple[Evaluated, ...] = ()
+    """All of them, oldest first; those before and after training too."""
+    best: Evaluated | None = None
+    """The one with the highest mean reward."""
+    evaluations_missed: int = 0
+    """Evaluations that were due while another one ran, or came to no result."""
     export_name: str = "model"
 
     @property
@@ -51,6 +58,10 @@ class TrainResult:
             "ended_early": self.ended_early,
             "reward_before": self.before.mean if self.before else None,
             "reward_after": self.after.mean if self.after else None,
+            "reward_best": self.best.reward.mean if self.best and self.best.reward else None,
+            "best_step": self.best.version if self.best else None,
+            "evaluations": len(self.evaluations),
+            "evaluations_missed": self.evaluations_missed,
             "ledger": self.ledger,
         }
 
@@ -64,6 +75,13 @@ class TrainResult:
             f"{self.ledger['rejected']} were rejected, because too few of its rollouts gave a sample. Look at the "
             "rewards of your rollout function, or start from a model that sometimes succeeds."
         )
+
+    def what_was_better(self) -> str | None:
+        """For whoever would rather have an earlier model: the best evaluation, where the last one is another."""
+        last = self.evaluations[-1] if self.evaluations else None
+        if not (self.best and self.best.reward and last and last.reward and self.best.reward.mean > last.reward.mean):
+            return None
+        return f"the best held-out reward was {self.best.reward}, at step {self.best.version} of {self.steps}"
 
     def last_words(self, *, saved: bool) -> str:
         """One sentence on how it ended and where the model is."""

@@ -13,15 +13,18 @@ import errno
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anyio
 import structlog
 
-from asyncrl.agents.policy import Policy, PolicyContext
+from asyncrl.agents.endpoint import Endpoint
+from asyncrl.agents.policy import PolicyContext
+from asyncrl.agents.transcript import as_metrics
 from asyncrl.assemble import assemble, steps_at_most
 from asyncrl.config import Config
 from asyncrl.data import Rows, load_rows
@@ -29,22 +32,24 @@ from asyncrl.ends import adapter_weights, canary_tolerance, choose_sampler, open
 from asyncrl.engine import Engine, Record, calm_collector
 from asyncrl.errors import AsyncRLError, ConfigError, EngineError
 from asyncrl.interrupt import Interrupt, run_interruptible
+from asyncrl.measure import beside, concurrency_alone, make_evaluator, policies
 from asyncrl.metrics.jsonl import JsonlFile
 from asyncrl.metrics.live import LiveView, Mode
 from asyncrl.metrics.report import where_time_went
-from asyncrl.metrics.sinks import open_sinks
+from asyncrl.metrics.sinks import SinkList, open_sinks
 from asyncrl.model_facts import ModelFacts, load_tokenizer, read_facts
 from asyncrl.result import TrainResult
 from asyncrl.rollout.batch import Batch
 from asyncrl.rollout.contract import Contract
-from asyncrl.rollout.evaluation import EvalResult, Evaluator
+from asyncrl.rollout.estimate import EvalResult
+from asyncrl.rollout.evaluations import Evaluated, EvaluationFn, Evaluations, evaluation_function
 from asyncrl.rollout.factory import RolloutSetup, open_rollout, require_rollout
 from asyncrl.storage.folder import RunFolder
 from asyncrl.storage.log import open_log
 from asyncrl.storage.rollouts import RolloutLog
 from asyncrl.types import Probe, Sampler, SamplingParams, Trainer
+from asyncrl.workers import refuse_in_worker
 
-EVALUATION_CONCURRENCY = 64
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
 PROBE_TOKENS = 16
 
@@ -58,8 +63,8 @@ def train(
     *,
     dataset: str | Path | Rows | None = None,
     config: Config,
-    evaluation: str | Path | Rows | None = None,
-    evaluation_samples: int = 1,
+    evaluation: str | Path | Rows | EvaluationFn | None = None,
+    evaluation_samples: int | None = None,
     view: Mode = "auto",
 ) -> TrainResult:
     """Train a model on what `rollout` returns. Blocks until the run has ended.
@@ -68,8 +73,10 @@ def train(
         rollout: `async def rollout(prompt) -> RolloutSample | RolloutRun | None`, or a factory `make_rollout(setup)`.
         dataset: A JSONL file, a list of dicts, or anything with len() and [index]; `config.dataset` if left out.
         config: All settings.
-        evaluation: Held-out rows, rolled out before and after training and never trained on.
-        evaluation_samples: Rollouts of each held-out row.
+        evaluation: Held-out rows, rolled out before and after training (and every `evaluation.interval` steps beside
+            it) and never trained on; or an async function that measures in its own way: docs/evaluation.md.
+            `config.evaluation.dataset` if left out.
+        evaluation_samples: Rollouts of each held-out row; `config.evaluation.samples` if left out.
         view: How progress is shown; `auto` is live in a terminal, plain lines elsewhere.
 
     Raises:
@@ -98,15 +105,16 @@ async def train_async(
     *,
     dataset: str | Path | Rows | None = None,
     config: Config,
-    evaluation: str | Path | Rows | None = None,
-    evaluation_samples: int = 1,
+    evaluation: str | Path | Rows | EvaluationFn | None = None,
+    evaluation_samples: int | None = None,
     view: Mode = "auto",
     interrupt: Interrupt | None = None,
 ) -> TrainResult:
     """`train` for programs that have an event loop. Signals are the caller's: `interrupt` is how to pass them on."""
+    refuse_in_worker()
     require_rollout(rollout)
     rows = load_rows(_dataset_of(config, dataset))
-    held_out = load_rows(evaluation) if evaluation is not None else None
+    measure = evaluation_function(evaluation, evaluation_samples, config.evaluation)
     facts = await asyncio.to_thread(read_facts, config.model, config.max_seq_len)
     folder = RunFolder.create(config)
     total_steps = steps_at_most(config, len(rows))
@@ -116,7 +124,7 @@ async def train_async(
         run = _TrainingRun(config, facts, folder, live, interrupt or Interrupt(), total_steps)
         try:
             with _full_disk_named(folder.root):
-                result = await run.run(rollout, rows, held_out, evaluation_samples)
+                result = await run.run(rollout, rows, measure)
         except AsyncRLError as error:
             run.conclude_failure(error)
             raise
@@ -125,10 +133,15 @@ async def train_async(
 
 
 def evaluate(
-    rollout: Callable[..., Any], *, dataset: str | Path | Rows | None = None, config: Config, samples: int = 1
+    rollout: Callable[..., Any],
+    *,
+    dataset: str | Path | Rows | None = None,
+    config: Config,
+    samples: int | None = None,
 ) -> EvalResult:
     """Mean reward of `config.model` (a model, or the folder of a LoRA adapter) on the rows of `dataset`.
 
+    Left out, `dataset` is `config.evaluation.dataset` or else `config.dataset`, `samples` `config.evaluation.samples`.
     Raises: as `train`.
     """
     return run_interruptible(
@@ -141,12 +154,13 @@ async def evaluate_async(
     *,
     dataset: str | Path | Rows | None = None,
     config: Config,
-    samples: int = 1,
+    samples: int | None = None,
     interrupt: Interrupt | None = None,
 ) -> EvalResult:
     """`evaluate` for programs that have an event loop."""
+    refuse_in_worker()
     require_rollout(rollout)
-    rows = load_rows(_dataset_of(config, dataset))
+    rows = load_rows(_dataset_of(config, dataset if dataset is not None else config.evaluation.dataset))
     config, adapter = split_adapter(config)
     facts = await asyncio.to_thread(read_facts, config.model, config.max_seq_len)
     logs = Path(config.run_dir or ".") / "evaluation"
@@ -154,8 +168,10 @@ async def evaluate_async(
     async with open_sampler(config, facts, logs) as sampler, open_rollout(rollout, setup) as function:
         if adapter is not None:
             await sampler.publish(adapter_weights(adapter, sampler))
-        context = _policy_context(config, facts, sampler)
-        return await _evaluator(config, facts, function, context).run(rows, samples)
+        async with _open_policy(config, facts, sampler) as context:
+            evaluator = make_evaluator(config, facts, function, context)
+            room = anyio.Semaphore(concurrency_alone(config))
+            return await evaluator.run(rows, samples or config.evaluation.samples, room=room)
 
 
 @dataclass(slots=True)
@@ -170,19 +186,24 @@ class _TrainingRun:
     total_steps: int
     records: list[Record] = field(default_factory=list)
 
-    async def run(self, rollout: Callable[..., Any], rows: Rows, held_out: Rows | None, samples: int) -> TrainResult:
+    async def run(self, rollout: Callable[..., Any], rows: Rows, measure: EvaluationFn | None) -> TrainResult:
         config, folder = self.config, self.folder
         async with AsyncExitStack() as stack:
             trainer, sampler = await self._open_ends(stack)
             setup = RolloutSetup(config, folder.root, lambda: load_tokenizer(config.model))
             function = await stack.enter_async_context(open_rollout(rollout, setup))
-            context = _policy_context(config, self.facts, sampler)
-            evaluator = _evaluator(config, self.facts, function, context)
-            engine = self._engine(stack, function, rows, sampler, trainer, context)
+            context = await stack.enter_async_context(_open_policy(config, self.facts, sampler))
+            sinks = open_sinks(config.trackers, folder.root, config)
+            stack.callback(sinks.close)
+            engine = self._engine(stack, function, rows, sampler, trainer, context, sinks)
+            evaluator = make_evaluator(config, self.facts, function, context)
+            evaluations = await stack.enter_async_context(
+                beside(engine, measure, evaluator, config=config, sinks=sinks, live=self.live)
+            )
             await self._check_ends_agree(engine, trainer)
-            before = await self._evaluate(evaluator, held_out, samples, "before training")
-            wall_s = await self._train(engine, trainer)
-            after = await self._evaluate_after(evaluator, held_out, samples)
+            before = await self._evaluate(evaluations.before)
+            wall_s = await self._train(engine, trainer, evaluations)
+            after = await self._evaluate_after(evaluations)
         return TrainResult(
             run_dir=folder.root,
             steps=engine.step,
@@ -191,8 +212,11 @@ class _TrainingRun:
             worst_staleness=engine.worst_staleness,
             ledger=engine.ledger.summary(),
             interrupted=self.interrupt.requested,
-            before=before,
-            after=after,
+            before=before.result if before is not None else None,
+            after=after.result if after is not None else None,
+            evaluations=tuple(evaluations.done),
+            best=evaluations.best,
+            evaluations_missed=evaluations.skipped + evaluations.given_up,
             ended_early=engine.scheduler.patience.lost,
             export_name=config.export_name,
         )
@@ -224,16 +248,17 @@ class _TrainingRun:
         sampler: Sampler,
         trainer: Trainer,
         context: PolicyContext,
+        sinks: SinkList,
     ) -> Engine:
         config, folder = self.config, self.folder
-        sinks = open_sinks(config.trackers, folder.root, config)
-        stack.callback(sinks.close)
         rollouts = _rollout_log(config, folder)
         stack.callback(rollouts.close)
         ledger_file = JsonlFile(folder.root / "ledger.jsonl")
         stack.callback(ledger_file.close)
 
         def on_step(record: Record, batch: Batch) -> None:
+            record |= as_metrics(context.totals)
+            context.totals.clear()
             self.records.append(record)
             sinks.write(record)
             rollouts.write(int(record["step"]), batch.trained)
@@ -245,9 +270,8 @@ class _TrainingRun:
             rows,
             sampler=sampler,
             trainer=trainer,
-            make_policy=lambda session, version: Policy(context, session, version),
+            make_policy=policies(context),
             on_step=on_step,
-            on_gauges=self.live.gauges,
             contract=Contract(self.facts.vocabulary, self.facts.max_seq_len),
             canary_tolerance=canary_tolerance(config),
             write_ledger=ledger_file.write,
@@ -264,38 +288,37 @@ class _TrainingRun:
         logprobs = (await trainer.forward([tokens]))[0]
         await engine.check_canary(Probe(tokens, tuple(logprobs)), 0)
 
-    async def _evaluate(self, evaluator: Evaluator, rows: Rows | None, samples: int, when: str) -> EvalResult | None:
-        if rows is None or self.interrupt.requested:
-            return None
-        result = await evaluator.run(rows, samples)
-        self.live.note(
-            f"held-out reward {when}: {result.mean:.3f} [{result.ci_low:.3f}, {result.ci_high:.3f}] "
-            f"({result.n} rollouts)"
-        )
-        return result
+    async def _evaluate(self, measure: Callable[[], Awaitable[Evaluated | None]]) -> Evaluated | None:
+        return None if self.interrupt.requested else await measure()
 
-    async def _evaluate_after(self, evaluator: Evaluator, rows: Rows | None, samples: int) -> EvalResult | None:
+    async def _evaluate_after(self, evaluations: Evaluations) -> Evaluated | None:
         """A Ctrl-C here gives up the evaluation alone: what was trained is saved, and has its summary."""
         task = asyncio.current_task()
         assert task is not None
         try:
-            return await self._evaluate(evaluator, rows, samples, "after training")
+            return await self._evaluate(evaluations.after)
         except asyncio.CancelledError:
             if not (self.interrupt.requested and task is self.interrupt.task):
                 raise
             task.uncancel()
             return None
 
-    async def _train(self, engine: Engine, trainer: Trainer) -> float:
+    async def _train(self, engine: Engine, trainer: Trainer, evaluations: Evaluations) -> float:
         """Run the engine; whatever ends it, what was trained is saved. Returns the seconds it took."""
         began = time.monotonic()
-        self.interrupt.stop = engine.stop
-        if self.interrupt.requested:
+
+        def stop() -> None:
+            evaluations.cancel()
             engine.stop()
+
+        self.interrupt.stop = stop
+        if self.interrupt.requested:
+            stop()
         try:
             with calm_collector():
                 await engine.run()
         finally:
+            evaluations.training_is_over()
             try:
                 await self._save(engine, trainer, failed=sys.exc_info()[0] is not None)
             finally:
@@ -316,8 +339,9 @@ class _TrainingRun:
         self.folder.write_summary(result.summary())
         if self.records:
             self.live.note(where_time_went(self.records))
-        if warning := result.why_nothing_was_trained():
-            self.live.note(warning)
+        for remark in (result.why_nothing_was_trained(), result.what_was_better()):
+            if remark:
+                self.live.note(remark)
         self.live.note(result.last_words(saved=self.config.save_model))
 
     def conclude_failure(self, error: AsyncRLError) -> None:
@@ -332,7 +356,9 @@ class _TrainingRun:
 # Parts
 
 
-def _policy_context(config: Config, facts: ModelFacts, sampler: Sampler) -> PolicyContext:
+@asynccontextmanager
+async def _open_policy(config: Config, facts: ModelFacts, sampler: Sampler) -> AsyncIterator[PolicyContext]:
+    """What the rollouts of a run share, their endpoint open as long as the block."""
     sampling = config.sampling
     params = SamplingParams(
         max_tokens=sampling.max_tokens,
@@ -341,23 +367,15 @@ def _policy_context(config: Config, facts: ModelFacts, sampler: Sampler) -> Poli
         top_k=sampling.top_k,
         stop_token_ids=facts.stop_token_ids,
     )
-    return PolicyContext(
-        sampler,
-        params=params,
-        max_seq_len=facts.max_seq_len,
-        load_tokenizer=lambda: load_tokenizer(config.model),
-    )
-
-
-def _evaluator(config: Config, facts: ModelFacts, function: Any, context: PolicyContext) -> Evaluator:
-    return Evaluator(
-        rollout=function,
-        make_policy=lambda session: Policy(context, session),
-        contract=Contract(facts.vocabulary, facts.max_seq_len),
-        timeout_s=config.rollout.timeout_s,
-        concurrency=min(EVALUATION_CONCURRENCY, config.concurrency.max_window),
-        seed=config.seed,
-    )
+    async with Endpoint(config.endpoint) as endpoint:
+        yield PolicyContext(
+            sampler,
+            params=params,
+            max_seq_len=facts.max_seq_len,
+            load_tokenizer=lambda: load_tokenizer(config.model),
+            chat=config.chat,
+            endpoint=endpoint,
+        )
 
 
 def _rollout_log(config: Config, folder: RunFolder) -> RolloutLog:

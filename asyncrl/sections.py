@@ -74,8 +74,8 @@ class ChatConfig(Section):
     template: dict[str, Any] = {}
     """More arguments for the chat template, such as `enable_thinking = false`."""
     on_limit: LimitChoice | dict[Limit, LimitChoice] = "stop"
-    """What a conversation does at a limit: `stop` ends it and trains all of it; `truncate` ends it and gives the turn up
-    that was cut; `error` draws the whole rollout again. One choice, or one for each of `length` (a turn's
+    """What a conversation does at a limit: `stop` ends it and trains all of it; `truncate` ends it and gives the turn
+    that was cut up; `error` draws the whole rollout again. One choice, or one for each of `length` (a turn's
     `max_tokens`), `context` (`max_seq_len`), `max_turns`, `total_tokens` (`max_total_tokens`)."""
 
 

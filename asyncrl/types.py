@@ -171,6 +171,8 @@ class Group:
     """One per run."""
     admitted_at: float
     finished_at: float
+    seconds: list[float] = field(default_factory=list)
+    """How long each run took, without the attempts that failed. One per run."""
 
     @property
     def rewards(self) -> list[float]:

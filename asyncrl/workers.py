@@ -1,4 +1,5 @@
-"""`asyncrl.offload`: CPU-heavy code of a rollout function, away from the event loop.
+"""Code of the user's, kept apart from the event loop and from the engine. `asyncrl.offload` is for CPU-heavy code of a
+rollout function; tools run through the same threads and tasks.
 
 In a thread (the default) it costs microseconds and shares the interpreter's lock; in a process it runs in parallel,
 and can be ended. Both wait for a slot of their own kind, so heavy code starves no other thread.
@@ -14,14 +15,16 @@ import pickle
 import signal
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import anyio
 import anyio.to_process
+import structlog
 from anyio.lowlevel import RunVar
 
 from asyncrl.errors import RecoverableRolloutError, UserError
@@ -29,6 +32,8 @@ from asyncrl.errors import RecoverableRolloutError, UserError
 T = TypeVar("T")
 SLOTS = os.cpu_count() or 2
 """Threads, and processes, at once: more than there are cores only makes each of them slower."""
+PARENT_EVERY_S = 1.0
+"""How often a worker process looks whether the run is still there."""
 LOST = (
     anyio.EndOfStream,
     anyio.IncompleteRead,
@@ -39,7 +44,9 @@ LOST = (
 )
 """How it shows that a worker process died, or did not come up."""
 
-_threads: RunVar[anyio.CapacityLimiter] = RunVar("asyncrl_offload_threads")
+log = structlog.get_logger(__name__)
+
+_threads: RunVar[Threads] = RunVar("asyncrl_offload_threads")
 _processes: RunVar[anyio.CapacityLimiter] = RunVar("asyncrl_offload_processes")
 
 
@@ -74,23 +81,32 @@ def refuse_in_worker() -> None:
     """
     if "anyio.to_process" in sys.orig_argv:
         raise UserError(
-            "the main script starts a run whenever it is imported, and a worker process of asyncrl.offload imports it. "
-            'Start the run under `if __name__ == "__main__":`.'
+            "a worker process of asyncrl.offload was to start a run, or a worker of its own. It imports the main "
+            'script: start the run under `if __name__ == "__main__":` there. An offloaded function can start neither.'
         )
 
 
 @dataclass(frozen=True, slots=True)
-class _Outcome(Generic[T]):
-    """What a call came to: a value or an error."""
+class Outcome(Generic[T]):
+    """What a call came to: a value or an error, whatever it is. As data, since some exceptions cannot travel: asyncio
+    lets a SystemExit of one task end the whole loop."""
 
     value: T | None = None
     error: BaseException | None = None
 
     @classmethod
-    def of(cls, call: Callable[[], T]) -> _Outcome[T]:
+    def of(cls, call: Callable[[], T]) -> Outcome[T]:
         try:
             return cls(value=call())
         except BaseException as error:  # whoever awaits the call gets it, whatever it is; else it would wait for ever
+            return cls(error=error)
+
+    @classmethod
+    async def awaiting(cls, call: Callable[[], Awaitable[T]]) -> Outcome[T]:
+        """Of an async function. For a task of its own: its cancellation is an outcome too."""
+        try:
+            return cls(value=await call())
+        except BaseException as error:  # as above
             return cls(error=error)
 
     def unwrap(self) -> T:
@@ -102,37 +118,104 @@ class _Outcome(Generic[T]):
 # Threads
 
 
-async def _in_thread(call: Callable[[], T], name: str, timeout_s: float) -> _Outcome[T]:
-    loop = asyncio.get_running_loop()
-    ended: asyncio.Future[_Outcome[T]] = loop.create_future()
-    slots = _slots(_threads)
+class Threads:
+    """At most `slots` calls at once, each in a thread of its own. For one event loop.
 
-    def finish(outcome: _Outcome[T]) -> None:
-        slots.release_on_behalf_of(ended)
-        if not ended.done():
-            ended.set_result(outcome)
+    A thread cannot be ended: one that overruns goes on and holds its slot until it ends. All are daemons, so that
+    code that never ends does not hold up the end of the process. Starting one takes as long as waking a pooled one.
+    """
 
-    def work(context: contextvars.Context) -> None:
-        outcome = context.run(_Outcome.of, call)
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(finish, outcome)
+    def __init__(self, slots: int) -> None:
+        self._limiter = anyio.CapacityLimiter(slots)
+        self._limits: dict[
+            object, float
+        ] = {}  # of every thread that has not ended: the loop's time when it should have
 
-    await slots.acquire_on_behalf_of(ended)
-    # A daemon, so that code that never ends does not hold up the end of the process.
-    context = contextvars.copy_context()
-    threading.Thread(target=work, args=(context,), name=f"asyncrl offload {name}", daemon=True).start()
-    with anyio.move_on_after(timeout_s):
-        return await ended
-    raise TimeoutError(
-        f"asyncrl.offload: {name} took longer than timeout_s={timeout_s:g} s. A thread cannot be ended: it goes on and "
-        f"holds one of {SLOTS} slots. With process=True it would have been ended; or raise the limit."
-    )
+    @property
+    def running(self) -> int:
+        """Threads that have not ended."""
+        return len(self._limits)
+
+    async def run(self, call: Callable[[], T], name: str, timeout_s: float) -> Outcome[T]:
+        """Wait for a slot, then at most `timeout_s`.
+
+        Raises:
+            TimeoutError: the call took longer, or every slot is held by one that took longer and has not ended.
+        """
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[Outcome[T]] = loop.create_future()
+
+        def finish(outcome: Outcome[T]) -> None:
+            del self._limits[ended]
+            self._limiter.release_on_behalf_of(ended)
+            if not ended.done():
+                ended.set_result(outcome)
+
+        def work(context: contextvars.Context) -> None:
+            outcome = context.run(Outcome.of, call)
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(finish, outcome)
+
+        await self._acquire(ended, name, timeout_s)
+        self._limits[ended] = loop.time() + timeout_s
+        context = contextvars.copy_context()
+        threading.Thread(target=work, args=(context,), name=f"asyncrl offload {name}", daemon=True).start()
+        with anyio.move_on_after(timeout_s):
+            return await ended
+        raise TimeoutError(f"{name} took longer than {timeout_s:g} s")
+
+    async def _acquire(self, holder: object, name: str, timeout_s: float) -> None:
+        """Wait as long as a slot is held by a call that is still within its limit: that one will be free."""
+        slots = int(self._limiter.total_tokens)
+        while len(self._limits) < slots or max(self._limits.values()) > asyncio.get_running_loop().time():
+            with anyio.move_on_after(timeout_s):
+                await self._limiter.acquire_on_behalf_of(holder)
+                return
+        raise TimeoutError(f"all {slots} threads for {name} are held by calls that took too long and have not ended")
+
+
+async def _in_thread(call: Callable[[], T], name: str, timeout_s: float) -> Outcome[T]:
+    try:
+        return await offload_threads().run(call, name, timeout_s)
+    except TimeoutError as error:
+        raise TimeoutError(
+            f"asyncrl.offload: {error}. A thread cannot be ended: it goes on and holds one of {SLOTS} slots. "
+            "With process=True it would have been ended; or raise the limit."
+        ) from None
+
+
+# Tasks
+
+
+async def in_own_task(call: Callable[[], Awaitable[T]], name: str, timeout_s: float, grace_s: float) -> Outcome[T]:
+    """Await code of the user's in a task of its own: what it raises or cancels ends there, and it ends in time.
+
+    One that ignores its cancellation for `grace_s` is left behind.
+
+    Raises:
+        TimeoutError: it took longer than `timeout_s`.
+    """
+    task = asyncio.get_running_loop().create_task(Outcome.awaiting(call), name=f"asyncrl {name}")
+    try:
+        await asyncio.wait({task}, timeout=timeout_s)
+        overran = not task.done()
+    finally:  # also when the caller is cancelled
+        if not task.done():
+            task.cancel()
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait({task}, timeout=grace_s)
+            if not task.done():
+                log.warning("a call ignores its cancellation and is left behind", call=name)
+    if overran:
+        raise TimeoutError(f"{name} took longer than {timeout_s:g} s")
+    return task.result()
 
 
 # Processes
 
 
-async def _in_process(call: Callable[[], T], name: str, timeout_s: float) -> _Outcome[T]:
+async def _in_process(call: Callable[[], T], name: str, timeout_s: float) -> Outcome[T]:
+    refuse_in_worker()
     try:
         request = pickle.dumps(call)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -140,7 +223,7 @@ async def _in_process(call: Callable[[], T], name: str, timeout_s: float) -> _Ou
             f"asyncrl.offload: {name} or an argument of it cannot be sent to a process: {error}. Expected a function "
             "from the top of a module and arguments that can be pickled; or leave process=True out."
         ) from None
-    async with _slots(_processes):
+    async with _process_slots():
         with anyio.move_on_after(timeout_s):
             return await _ask_worker(request, name)
     raise TimeoutError(
@@ -149,11 +232,11 @@ async def _in_process(call: Callable[[], T], name: str, timeout_s: float) -> _Ou
     )
 
 
-async def _ask_worker(request: bytes, name: str) -> _Outcome[Any]:
+async def _ask_worker(request: bytes, name: str) -> Outcome[Any]:
     try:
         # The slot is already ours, hence a limiter that lets one in.
         answer = await anyio.to_process.run_sync(
-            _answer, request, name, cancellable=True, limiter=anyio.CapacityLimiter(1)
+            _answer, request, name, os.getpid(), cancellable=True, limiter=anyio.CapacityLimiter(1)
         )
     except anyio.BrokenWorkerProcess as error:
         cause = error.__cause__
@@ -166,12 +249,13 @@ async def _ask_worker(request: bytes, name: str) -> _Outcome[Any]:
     return pickle.loads(answer)  # type: ignore[no-any-return]  # made by _answer
 
 
-def _answer(request: bytes, name: str) -> bytes:
+def _answer(request: bytes, name: str, parent: int) -> bytes:
     """In the worker: the pickled outcome, or one that says why there is none."""
+    _end_with(parent)
     # Ctrl-C is for the run to handle. A function, since children of the worker would inherit SIG_IGN.
     signal.signal(signal.SIGINT, lambda number, frame: None)
     with _own_streams():
-        outcome = _Outcome.of(lambda: pickle.loads(request)())
+        outcome = Outcome.of(lambda: pickle.loads(request)())
     if outcome.error is not None:
         trace = "".join(traceback.format_exception(outcome.error)).strip()
         outcome.error.add_note(f"In a worker process of asyncrl.offload:\n{trace}")
@@ -181,12 +265,25 @@ def _answer(request: bytes, name: str) -> bytes:
     except Exception as error:  # a user's class may raise anything here
         if outcome.error is None:
             return pickle.dumps(
-                _Outcome(error=UserError(f"asyncrl.offload: what {name} returned cannot be pickled: {error}"))
+                Outcome(error=UserError(f"asyncrl.offload: what {name} returned cannot be pickled: {error}"))
             )
         stand_in = RuntimeError(f"{type(outcome.error).__name__}: {outcome.error}")
         stand_in.add_note(outcome.error.__notes__[-1])
-        return pickle.dumps(_Outcome(error=stand_in))
+        return pickle.dumps(Outcome(error=stand_in))
     return answer
+
+
+@functools.cache
+def _end_with(parent: int) -> None:
+    """In the worker: end when the run has, however it ended. An idle worker reads from it and sees that by itself; one
+    that computes for ever would not."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_EVERY_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="asyncrl parent watch", daemon=True).start()
 
 
 @contextmanager
@@ -205,11 +302,20 @@ def _own_streams() -> Iterator[None]:
             os.close(pipe)
 
 
-def _slots(of: RunVar[anyio.CapacityLimiter]) -> anyio.CapacityLimiter:
-    """One for each event loop: a limiter belongs to the loop it was first used in."""
+def offload_threads() -> Threads:
+    """Those of this event loop."""
     try:
-        return of.get()
+        return _threads.get()
+    except LookupError:
+        threads = Threads(SLOTS)
+        _threads.set(threads)
+        return threads
+
+
+def _process_slots() -> anyio.CapacityLimiter:
+    try:
+        return _processes.get()
     except LookupError:
         limiter = anyio.CapacityLimiter(SLOTS)
-        of.set(limiter)
+        _processes.set(limiter)
         return limiter

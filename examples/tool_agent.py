@@ -1,4 +1,4 @@
-"""A maths agent with a calculator: it may call the tool as often as it likes before it answers.
+"""A calculator agent: it does maths, and may call the tool as often as it likes before it answers.
 
     python examples/tool_agent.py --dataset train.jsonl
 

@@ -89,8 +89,10 @@ def test_an_interval_of_zero_never_publishes() -> None:
 class Drifting(ScriptedSampler):
     """Its weights do not arrive: from version 3 on it scores as if it had others."""
 
-    async def score(self, token_ids: Sequence[int], version: int) -> list[float]:
-        return [-math.log(2.0) - (0.5 if version >= 3 else 0.0)] * (len(token_ids) - 1)
+    async def score(
+        self, token_ids: Sequence[int], version: int, *, start: int = 1, session: str | None = None
+    ) -> list[float]:
+        return [-math.log(2.0) - (0.5 if version >= 3 else 0.0)] * (len(token_ids) - start)
 
 
 def test_the_canary_stops_a_run_whose_weights_did_not_arrive() -> None:

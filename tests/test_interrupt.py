@@ -237,3 +237,16 @@ def test_during_the_evaluation_after(start: Callable[..., Run]) -> None:
     assert summary["reward_before"] is not None
     assert summary["reward_after"] is None
     assert (run.folder / "model" / "model.safetensors").is_file()
+
+
+def test_during_an_evaluation_beside_training(start: Callable[..., Run]) -> None:
+    """Training goes on beside one that hangs, and a Ctrl-C ends both."""
+    run = start("script.py", hangs="prompt.evaluation and prompt.policy.version", evaluation={"interval": 1})
+    run.until(run.says("HANGING"))
+    seen = len(run.lines("metrics.jsonl"))
+    run.until(stepped(run, seen + 3))
+    run.send(signal.SIGINT)
+    assert run.end() == INTERRUPTED
+    assert "Traceback" not in run.errors()
+    assert (run.summary()["interrupted"], run.summary()["evaluations"]) == (True, 1)
+    assert (run.folder / "model" / "config.json").is_file()

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import asyncrl
 from asyncrl.result import TrainResult
+from asyncrl.rollout.estimate import EvalResult
+from asyncrl.rollout.evaluations import Evaluated
 from asyncrl.types import RolloutSample
 from tests.conftest import MakeConfig
 
@@ -29,6 +31,22 @@ def test_a_run_that_trained_nothing_says_why() -> None:
     nothing = replace(RESULT, steps=0, ledger={**LEDGER, "trained": 0, "filtered": 9})
     assert "Of 9 groups, 9 were filtered" in (nothing.why_nothing_was_trained() or "")
     assert replace(nothing, interrupted=True).why_nothing_was_trained() is None
+
+
+def evaluated(version: int, reward: float) -> Evaluated:
+    return Evaluated(version, version, 1.0, EvalResult({0: [reward], 1: [reward]}))
+
+
+def test_an_earlier_model_that_was_better_is_named() -> None:
+    first, best, last = evaluated(0, 0.25), evaluated(1, 0.75), evaluated(2, 0.5)
+    assert RESULT.what_was_better() is None
+    found = replace(RESULT, evaluations=(first, best, last), best=best, after=last.result)
+    assert (found.what_was_better() or "").startswith("the best held-out reward was 0.750 [")
+    assert (found.what_was_better() or "").endswith("], at step 1 of 2")
+    assert replace(found, evaluations=(first, last, best)).what_was_better() is None
+    assert replace(found, evaluations=(best, evaluated(2, 0.75))).what_was_better() is None
+    summary = found.summary()
+    assert (summary["reward_best"], summary["best_step"], summary["evaluations"]) == (0.75, 1, 3)
 
 
 def test_a_run_without_signal_ends_early_and_says_why(make_config: MakeConfig) -> None:

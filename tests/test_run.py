@@ -69,6 +69,7 @@ def learned(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytes
             "lora": lora,
             "optimizer": {"learning_rate": learning_rate},
             "staleness": {"max_staleness": 2},
+            "evaluation": {"interval": 5, "samples": 4},
         }
     )
     last: list[list[float]] = []
@@ -80,9 +81,7 @@ def learned(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytes
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ThreadedTrainer, "save_model", listen)
-        result = asyncrl.train(
-            rollout, dataset=ROWS, config=config, evaluation=HELD_OUT, evaluation_samples=4, view="quiet"
-        )
+        result = asyncrl.train(rollout, dataset=ROWS, config=config, evaluation=HELD_OUT, view="quiet")
     return Learned(result, config, last[-1])
 
 
@@ -132,8 +131,9 @@ class TestARun:
         for group in groups:
             assert len(group["rewards"]) == len(group["rollouts"]) == 4
             context, drawn = group["rollouts"][0]["samples"][0]["text"]
-            assert len(context["context"]) == 2
-            assert drawn["policy"]
+            assert len(context["text"]) == 2
+            assert (context["kind"], drawn["kind"]) == ("context", "policy")
+            assert drawn["text"]
             assert group["rollouts"][0]["samples"][0]["info"] == {"row": group["row"]}
 
     def test_environment_logs_and_summary(self, learned: Learned) -> None:
@@ -146,6 +146,24 @@ class TestARun:
         assert summary["interrupted"] is False
         assert summary["reward_after"] == pytest.approx(result.after.mean if result.after else 0)
         assert summary["ledger"] == result.ledger
+
+    def test_evaluations_beside_training_are_of_one_version_each(self, learned: Learned) -> None:
+        """Also of full weights, of which the sampler keeps the newest alone if nobody holds another."""
+        lines, result = learned.lines("evaluations.jsonl"), learned.result
+        versions = [line["eval_version"] for line in lines]
+        assert versions == [found.version for found in result.evaluations]
+        assert (versions[0], versions[-1]) == (0, result.steps)
+        assert len(versions) >= 3
+        assert all(line["eval_version_newest"] == line["eval_version"] for line in lines)
+        assert all((line["eval_rollouts"], line["eval_failed"]) == (40, 0) for line in lines)
+        assert {name for line in lines for name in line} - METRIC_BY_NAME.keys() == {
+            f"eval_pass_at_{k}" for k in (1, 2, 4)
+        }
+        assert lines[-1]["eval_reward"] == result.after.mean if result.after else None
+        assert result.best is not None
+        summary = json.loads((result.run_dir / "summary.json").read_text())
+        assert summary["reward_best"] == max(line["eval_reward"] for line in lines)
+        assert summary["best_step"] == result.best.version
 
     def test_the_model_is_the_trainers_last(self, learned: Learned) -> None:
         tokenizer = AutoTokenizer.from_pretrained(learned.result.model_dir)
@@ -338,3 +356,27 @@ def test_one_seed_gives_one_run(make_config: MakeConfig, tmp_path: Path) -> None
     first = losses(make_config, tmp_path / "first", seed=1)
     assert losses(make_config, tmp_path / "again", seed=1) == first
     assert losses(make_config, tmp_path / "other", seed=2) != first
+
+
+def test_a_greedy_evaluation(make_config: MakeConfig) -> None:
+    """All rollouts of a row are the same; those of training are not."""
+    drawn: dict[tuple[bool, int], set[tuple[int, ...]]] = {}
+
+    async def seen(prompt: asyncrl.Prompt) -> asyncrl.RolloutSample:
+        sample = await rollout(prompt)
+        drawn.setdefault((prompt.evaluation, prompt["n"]), set()).add(tuple(sample.tokens))
+        return sample
+
+    config = make_config(
+        max_steps=1, evaluation={"temperature": 0}, save_model=False, publish={"weight_sync_interval": 1}
+    )
+    result = asyncrl.train(seen, dataset=ROWS[:8], config=config, evaluation=ROWS[:20], view="quiet")
+    assert result.before is not None
+    greedy = [len(tokens) for (evaluation, _), tokens in drawn.items() if evaluation]
+    assert max(greedy) <= 2, "one before and one after the step"
+    assert max(len(tokens) for (evaluation, _), tokens in drawn.items() if not evaluation) > 2
+
+
+def test_an_interval_without_rows_is_refused_at_once(make_config: MakeConfig) -> None:
+    with pytest.raises(UserError, match=r"evaluation\.interval is 5, but there is nothing to evaluate"):
+        asyncrl.train(rollout, dataset=ROWS, config=make_config(evaluation={"interval": 5}), view="quiet")

@@ -48,13 +48,13 @@ async def test_an_error_in_a_thread_arrives_with_its_traceback() -> None:
 
 async def test_a_thread_that_overruns_is_recoverable_and_its_slot_is_free_when_it_ends() -> None:
     gate = threading.Event()
-    with pytest.raises(TimeoutError, match=r"timeout_s=0\.05 s.*process=True") as caught:
+    with pytest.raises(TimeoutError, match=r"longer than 0\.05 s.*process=True") as caught:
         await asyncrl.offload(gate.wait, SOON_S, timeout_s=0.05)
     assert is_recoverable(caught.value)
-    slots = workers._slots(workers._threads)
-    assert slots.borrowed_tokens == 1
+    threads = workers.offload_threads()
+    assert threads.running == 1
     gate.set()
-    await until(lambda: slots.borrowed_tokens == 0)
+    await until(lambda: threads.running == 0)
 
 
 async def test_a_cancelled_call_gives_its_slot_back_when_the_thread_ends() -> None:
@@ -64,10 +64,10 @@ async def test_a_cancelled_call_gives_its_slot_back_when_the_thread_ends() -> No
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    slots = workers._slots(workers._threads)
-    assert slots.borrowed_tokens == 1
+    threads = workers.offload_threads()
+    assert threads.running == 1
     gate.set()
-    await until(lambda: slots.borrowed_tokens == 0)
+    await until(lambda: threads.running == 0)
 
 
 async def test_no_more_threads_than_slots() -> None:
@@ -146,21 +146,87 @@ async def test_a_process_is_ended_by(how: str, tmp_path: Path) -> None:
             await task
         assert is_recoverable(caught.value)
     assert not is_alive(int(pid_file.read_text()))
-    assert workers._slots(workers._processes).borrowed_tokens == 0
+    assert workers._process_slots().borrowed_tokens == 0
 
 
 async def test_code_that_prints_reads_and_starts_programs_does_not_spoil_the_answer() -> None:
     assert await asyncrl.offload(offloaded.talk, process=True) == "done"
 
 
-def test_a_script_that_would_start_a_second_run_is_told(tmp_path: Path) -> None:
+async def test_when_every_slot_is_held_by_threads_that_never_end_the_next_call_is_told() -> None:
+    gate = threading.Event()
+    threads = workers.Threads(2)
+    for _ in range(2):
+        with pytest.raises(TimeoutError, match=r"hang took longer than 0\.01 s"):
+            await threads.run(lambda: gate.wait(SOON_S), "hang", 0.01)
+    with pytest.raises(TimeoutError, match="all 2 threads for next are held by calls that took too long"):
+        await threads.run(lambda: None, "next", 0.01)
+    gate.set()
+    await until(lambda: threads.running == 0)
+    assert (await threads.run(lambda: 7, "next", SOON_S)).unwrap() == 7
+
+
+async def test_a_call_waits_for_threads_that_are_within_their_limit() -> None:
+    gate = threading.Event()
+    threads = workers.Threads(1)
+    async with asyncio.timeout(SOON_S), asyncio.TaskGroup() as tasks:
+        slow = tasks.create_task(threads.run(lambda: gate.wait(SOON_S), "slow", SOON_S))
+        await until(lambda: threads.running == 1)
+        quick = tasks.create_task(threads.run(lambda: 7, "quick", 0.01))
+        await asyncio.sleep(0.05)
+        gate.set()
+    assert slow.result().value is True
+    assert quick.result().value == 7, "its own limit begins with its slot"
+
+
+@pytest.mark.parametrize("fault", [SystemExit(2), KeyboardInterrupt(), GeneratorExit()])
+async def test_what_would_end_the_loop_comes_back_to_who_called(fault: BaseException) -> None:
+    def fail() -> None:
+        raise fault
+
+    with pytest.raises(type(fault)) as caught:
+        await asyncrl.offload(fail)
+    assert caught.value is fault
+
+
+def test_worker_processes_end_with_the_run_however_it_ends(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    code = (
+        "import asyncio, asyncrl, sys\nfrom tests import offloaded\n"
+        "asyncio.run(asyncrl.offload(offloaded.sleep_for_ever, sys.argv[1], process=True))"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code, str(pid_file)], cwd=Path(__file__).parents[1])
+    try:
+        wait_for(lambda: pid_file.exists() and pid_file.read_text() != "")
+    finally:
+        run.kill()
+        run.wait(SOON_S)
+    wait_for(lambda: not is_alive(int(pid_file.read_text())))
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SOON_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "run_interruptible(lambda interrupt: asyncrl.offload(work, process=True))",
+        "asyncio.run(asyncrl.offload(work, process=True))",
+        "asyncio.run(asyncrl.train_async(work, config=None))",
+    ],
+)
+def test_a_script_that_would_start_a_second_run_is_told(start: str, tmp_path: Path) -> None:
     script = tmp_path / "unguarded.py"
     script.write_text(
         "import asyncio, asyncrl\nfrom asyncrl.interrupt import run_interruptible\n"
         "def work(): return 1\n"
-        "run_interruptible(lambda interrupt: asyncrl.offload(work, process=True))\n",
+        f"if __name__ == '__main__': asyncio.run(asyncrl.offload(work, process=True))\nelse: {start}\n",
         encoding="utf-8",
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert 'Start the run under `if __name__ == "__main__":`' in done.stderr
+    assert 'start the run under `if __name__ == "__main__":`' in done.stderr

@@ -158,7 +158,7 @@ def _mistral_calls(body: str) -> Iterator[Call]:
         yield MalformedCall(body.strip(), str(error))
         return
     for call in calls if isinstance(calls, list) and calls else [calls]:
-        yield _as_call(call, json.dumps(call))
+        yield as_call(call, json.dumps(call))
 
 
 _XML = re.compile(
@@ -244,7 +244,7 @@ def _parse(text: str) -> Any:
 
 def _json_call(body: str) -> Call:
     try:
-        return _as_call(_parse(body), body)
+        return as_call(_parse(body), body)
     except ValueError as error:
         return MalformedCall(body.strip(), str(error))
 
@@ -252,12 +252,13 @@ def _json_call(body: str) -> Call:
 def _named_call(name: str, arguments: str, text: str) -> Call:
     """A call whose name stands outside of the JSON."""
     try:
-        return _as_call({"name": name, "arguments": _parse(arguments)}, text)
+        return as_call({"name": name, "arguments": _parse(arguments)}, text)
     except ValueError as error:
         return MalformedCall(text.strip(), str(error))
 
 
-def _as_call(call: Any, text: str) -> Call:
+def as_call(call: Any, text: str) -> Call:
+    """A call from its parsed JSON; `text` is what the model wrote, for one that is none."""
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
         return MalformedCall(text.strip(), 'expected {"name": "...", "arguments": {...}}')
     arguments = call.get("arguments", call.get("parameters", {}))

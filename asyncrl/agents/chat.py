@@ -7,7 +7,7 @@ Context comes from the chat template, completions from the sampler, and both sta
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import anyio
 
 from asyncrl.agents.calls import MalformedCall, ToolCall
 from asyncrl.agents.conversation import MALFORMED, Conversation, Drawn
-from asyncrl.agents.tools import Tool, ToolResult, collect_tools
+from asyncrl.agents.tools import ToolResult, collect_tools
 from asyncrl.agents.transcript import Node
 from asyncrl.errors import RecoverableRolloutError, RolloutContractError
 from asyncrl.types import Rollout
@@ -53,7 +53,7 @@ class Chat:
         policy: Policy,
         messages: str | Sequence[Mapping[str, Any]],
         *,
-        tools: Sequence[Tool[..., Any] | Callable[..., Any]],
+        tools: Sequence[object],
         limits: Limits,
     ) -> None:
         opening = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages

@@ -12,13 +12,15 @@ Either way only what is new is tokenised:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal
 
-from asyncrl.agents.calls import MalformedCall, ToolCall, Turn, read_turn
-from asyncrl.agents.template import normalise
+from asyncrl.agents.calls import MalformedCall, ToolCall, Turn
+from asyncrl.agents.messages import Message, normalise
+from asyncrl.agents.stops import before_stop, cut_at_stop
 from asyncrl.agents.transcript import Node, Transcript
 from asyncrl.errors import ModelError, RolloutContractError
 from asyncrl.types import Completion
@@ -26,7 +28,6 @@ from asyncrl.types import Completion
 if TYPE_CHECKING:
     from asyncrl.agents.policy import Policy
 
-Message = Mapping[str, Any]
 History = Literal["keep", "render"]
 MALFORMED = "malformed"
 """Stands for the name of a tool where a call cannot be read."""
@@ -82,6 +83,7 @@ class Conversation:
         *,
         max_tokens: int | None = None,
         stop_token_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
     ) -> Drawn:
         """Let the policy answer these messages, the whole history of a conversation.
 
@@ -91,7 +93,7 @@ class Conversation:
             SamplerRequestError: the sampler refused or lost this request.
         """
         place = self.locate(messages, tools)
-        drawn = await self.draw_at(place, max_tokens=max_tokens, stop_token_ids=stop_token_ids)
+        drawn = await self.draw_at(place, tools, max_tokens=max_tokens, stop_token_ids=stop_token_ids, stop=stop)
         drawn = replace(drawn, message=_for_programs(drawn))
         said = [*messages, drawn.message]
         drawn.node.messages = said
@@ -100,24 +102,37 @@ class Conversation:
         return drawn
 
     async def draw_tokens(
-        self, token_ids: Sequence[int], *, max_tokens: int | None = None, stop_token_ids: Sequence[int] = ()
+        self,
+        token_ids: Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        stop_token_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
     ) -> Drawn:
         """Let the policy go on from these tokens. Turns that they begin with are extended.
 
         Raises: as `draw`.
         """
         return await self.draw_at(
-            self._by_tokens(list(token_ids)), max_tokens=max_tokens, stop_token_ids=stop_token_ids
+            self._by_tokens(list(token_ids)), max_tokens=max_tokens, stop_token_ids=stop_token_ids, stop=stop
         )
 
     async def draw_at(
-        self, place: Place, *, max_tokens: int | None = None, stop_token_ids: Sequence[int] = ()
+        self,
+        place: Place,
+        tools: Sequence[Message] = (),
+        *,
+        max_tokens: int | None = None,
+        stop_token_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
     ) -> Drawn:
         """Draw one turn at a place in the transcript.
 
-        `stop_token_ids` end it besides those of the model and the template's end of a turn.
+        `stop_token_ids` end it besides those of the model and the template's end of a turn; so do the strings of
+        `stop`, which are no part of its text.
         """
         tokens = [*self.transcript.tokens_to(place.node), *place.context]
+        began = time.monotonic()
         place.node.drawing += 1
         try:
             completion = await self._policy.generate(
@@ -125,9 +140,11 @@ class Conversation:
             )
         finally:
             place.node.drawing -= 1
+        completion = cut_at_stop(completion, stop, self._decode)
         node = self.transcript.add(place.node, place.context, completion, place.cause)
+        node.seconds = time.monotonic() - began
         spoken = completion.tokens[:-1] if completion.finish_reason == "stop" else completion.tokens
-        turn = read_turn(self._decode(spoken), self._template.call_style)
+        turn = self._template.read(before_stop(self._decode(spoken), stop), tools)
         message = as_message(turn, self._calls)
         self._calls += len(turn.calls)
         return Drawn(turn, message, completion, len(tokens), node)
@@ -151,7 +168,7 @@ class Conversation:
         if self._history != "render":
             if node is self.transcript.root:
                 return Place(node, self._template.opening(messages, tools))
-            context = self._continuation(node, unread, tools)
+            context = self._continuation(node, unread, messages, tools)
             if context is not None:
                 return Place(node, context)
         return self._by_text(messages, tools)
@@ -162,15 +179,18 @@ class Conversation:
         for count in range(len(messages) - 1, 0, -1):
             node = self._known.get(keys[count - 1])
             if node is not None:
-                context = self._continuation(node, messages[count:], tools)
+                context = self._continuation(node, messages[count:], messages, tools)
                 return None if context is None else Place(node, context)
         rewritten = any(message["role"] == "assistant" for message in messages)
         cause = "history rewritten" if rewritten else "new conversation"
         return Place(self.transcript.root, self._template.opening(messages, tools), cause)
 
-    def _continuation(self, node: Node, unread: Sequence[Message], tools: Sequence[Message]) -> list[int] | None:
+    def _continuation(
+        self, node: Node, unread: Sequence[Message], messages: Sequence[Message], tools: Sequence[Message]
+    ) -> list[int] | None:
+        system = messages[0]["role"] in ("system", "developer")
         try:
-            context = self._template.continuation(unread, tools)
+            context = self._template.continuation(unread, tools, system=system)
         except ModelError as refusal:
             if self._history == "keep":
                 raise

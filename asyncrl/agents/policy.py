@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from asyncrl.agents.conversation import Conversation, History
     from asyncrl.agents.endpoint.server import Endpoint
     from asyncrl.agents.template import TurnTemplate
-    from asyncrl.agents.tools import Tool
     from asyncrl.sections import Limit, LimitChoice
 
 log = structlog.get_logger(__name__)
@@ -181,7 +180,7 @@ class Policy:
         self,
         messages: str | Sequence[Mapping[str, Any]],
         *,
-        tools: Sequence[Tool[..., Any] | Callable[..., Any]] = (),
+        tools: Sequence[object] = (),
         max_turns: int = 8,
         max_tokens: int | None = None,
         max_total_tokens: int | None = None,
@@ -192,7 +191,8 @@ class Policy:
 
         Args:
             messages: As chat templates take them, `[{"role": "user", "content": ...}]`; a string is one user message.
-            tools: What the model may call: `@asyncrl.tool` functions, or typed functions and methods.
+            tools: What the model may call: `@asyncrl.tool` functions, typed functions and methods, and objects, which
+                give their `@asyncrl.tool` methods.
             max_turns: Most turns of the model.
             max_tokens: Most tokens of one turn; `sampling.max_tokens` if left out.
             max_total_tokens: Most tokens that the model may draw in all turns together; no limit if left out.

@@ -22,8 +22,8 @@ from typing import Any
 
 import jinja2
 
-from asyncrl.agents.calls import CallStyle, MalformedCall, ToolCall, Turn, call_style_of, read_turn
-from asyncrl.agents.messages import Message, normalise
+from asyncrl.agents.calls import CallStyle, MalformedCall, Turn, as_call, call_style_of, read_turn
+from asyncrl.agents.messages import Message, normalise, one_call_each
 from asyncrl.errors import ModelError
 
 MARKER = "asyncrl0marker"
@@ -77,11 +77,18 @@ class TurnTemplate:
         self.thoughts_open = self._prompt.rstrip().endswith("<think>")
         """Whether the model begins to speak inside of its thoughts."""
         # The styles that are known here name every malformed call, so the tokenizer's own parser is for others only.
-        self._has_parser = style is None and tokenizer.response_template is not None
+        self._has_parser = style is None and getattr(tokenizer, "response_template", None) is not None
 
     def text(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str:
         """A whole conversation, up to where the model begins to speak."""
-        return self._render([normalise(message) for message in messages], tools)
+        plain: list[Message] = [normalise(message) for message in messages]
+        try:
+            return self._render(plain, tools)
+        except ModelError:
+            apart = one_call_each(plain)
+            if len(apart) == len(plain):
+                raise
+            return self._render(apart, tools)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, special ones included; nothing is added."""
@@ -123,14 +130,11 @@ class TurnTemplate:
             return read_turn(said, self.call_style, self.thoughts_open, tools)
         try:
             message = self._tokenizer.parse_response(said, prefix=self._prompt, tools=list(tools))
+            calls = [as_call(call["function"], json.dumps(call)) for call in message.get("tool_calls", ())]
         except (ValueError, KeyError, TypeError) as error:  # it reads all of a turn or nothing
             return Turn(said, "", (MalformedCall(said, str(error)),))
-        calls = [call["function"] for call in message.get("tool_calls", ())]
-        return Turn(
-            message.get("content", ""),
-            message.get("reasoning_content") or message.get("thinking", ""),
-            tuple(ToolCall(call["name"], call["arguments"]) for call in calls),
-        )
+        thoughts = message.get("reasoning_content") or message.get("thinking") or ""
+        return Turn(message.get("content") or "", thoughts, tuple(calls))
 
     def _find_end_of_turn(self) -> tuple[int, str]:
         text = self._render(
@@ -176,15 +180,15 @@ class TurnTemplate:
         after = self._render([*past, *probes, said, *probes], tools)
         roles = " and ".join(dict.fromkeys(_roles(answers)))
         if not after.startswith(before):
-            raise self._refusal(f"it renders earlier messages differently once a {roles} message follows")
+            raise self._not_joined(f"it renders earlier messages differently once a {roles} message follows")
         markers = before.count(MARKER)
         cut = self._cut(after, 2 * markers)
         if after.count(ANSWER, cut) != sum(probe["content"] == ANSWER for probe in probes):
-            raise self._refusal(f"it drops {roles} messages, or does not close the turn before them")
+            raise self._not_joined(f"it drops {roles} messages, or does not close the turn before them")
         if self.encode(after) != self.encode(after[:cut]) + self.encode(after[cut:]):
-            raise self._refusal(f"the tokenizer merges {self._end_text!r} with what follows it")
+            raise self._not_joined(f"the tokenizer merges {self._end_text!r} with what follows it")
         if after[cut:] != self._tail([*past, *probes], tools, markers):
-            raise self._refusal(f"it renders a {roles} message differently in a longer conversation")
+            raise self._not_joined(f"it renders a {roles} message differently in a longer conversation")
         return _Join(calls, markers, needs_tools=after[cut:] != self._tail([*past, *probes], (), markers))
 
     def _tail(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], markers: int) -> str:
@@ -201,7 +205,7 @@ class TurnTemplate:
             at = text.find(MARKER, at) + len(MARKER)
         end = text.find(self._end_text, at)
         if not markers or end < 0:
-            raise self._refusal(f"it does not close a turn that others follow with {self._end_text!r}")
+            raise self._not_joined(f"it does not close a turn that others follow with {self._end_text!r}")
         return end + len(self._end_text)
 
     def _render(
@@ -219,16 +223,24 @@ class TurnTemplate:
             )
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             raise self._refusal(
-                f"it cannot render messages with the roles {', '.join(_roles(messages))}: {error}"
+                f"it cannot render messages with the roles {', '.join(_roles(messages))}: {str(error).rstrip('.')}"
             ) from error
         return text
 
     def _refusal(self, reason: str) -> ModelError:
-        name = self._tokenizer.name_or_path or type(self._tokenizer).__name__
         return ModelError(
-            f"the chat template of {name!r} cannot be used for chats: {reason}. Use an instruction-tuned model, set "
-            "another tokenizer.chat_template, or build the tokens yourself with policy.generate(token_ids)."
+            f"the chat template of {self._name()} cannot be used for chats: {reason}. Use an instruction-tuned model, "
+            "set another tokenizer.chat_template, or build the tokens yourself with policy.generate(token_ids)."
         )
+
+    def _not_joined(self, reason: str) -> ModelError:
+        return ModelError(
+            f"the chat template of {self._name()} cannot join turns: {reason}. Use history=None or 'render', and such "
+            "conversations fork; or set another tokenizer.chat_template."
+        )
+
+    def _name(self) -> str:
+        return repr(self._tokenizer.name_or_path or type(self._tokenizer).__name__)
 
 
 @dataclass(frozen=True, slots=True)

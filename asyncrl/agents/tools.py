@@ -1,37 +1,42 @@
 """Tools: typed Python functions that a model may call.
 
 A tool is shown to the model as a JSON schema made from its signature and docstring. Whatever goes wrong in a call
-that the model asked for is an answer to the model, not an exception in the rollout.
+that the model asked for is an answer to the model, not an exception in the rollout: a call runs in a thread or a task
+of its own, and what it raises, even a SystemExit or a cancellation of its own making, ends there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import inspect
-import re
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Generic, ParamSpec, TypeVar, get_type_hints, overload
+from typing import Any, Generic, ParamSpec, TypeVar, overload
+from weakref import WeakKeyDictionary
 
-import anyio
-import anyio.to_thread
+import structlog
 from anyio.lowlevel import RunVar
-from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, ValidationError, create_model
-from pydantic_core import to_json
 
-from asyncrl.errors import AsyncRLError, UserError
+from asyncrl.agents.tool_output import as_text, error_text
+from asyncrl.agents.tool_schema import Arguments, BadArguments, Signature, ToolError, signature_of
+from asyncrl.errors import AsyncRLError
+from asyncrl.workers import Outcome, Threads, in_own_task
+
+__all__ = ["Tool", "ToolError", "ToolResult", "collect_tools", "tool"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 TOOL_THREADS = 64
-"""Synchronous tools that run at once. More than anyio's 40, since they mostly wait for something."""
+"""Calls of one synchronous tool that run at once: more than there are cores, since tools mostly wait. Each tool has its
+own, so one that hangs starves no other."""
+CANCEL_GRACE_S = 5.0
+"""An async tool that overran and was cancelled may tidy up for so long; one that ignores it is left behind."""
 
-_threads: RunVar[anyio.CapacityLimiter] = RunVar("asyncrl_tool_threads")
+log = structlog.get_logger(__name__)
 
-
-class ToolError(UserError):
-    """A function that cannot be shown to a model as a tool."""
+_threads: RunVar[WeakKeyDictionary[Signature, Threads]] = RunVar("asyncrl_tool_threads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,76 +53,113 @@ class Tool(Generic[P, R]):
 
     Raises:
         ToolError: the signature has `*args`, `**kwargs`, positional-only or unannotated parameters, or a
-            type that JSON cannot express.
+            type that JSON cannot express; or the function yields.
     """
 
-    def __init__(self, function: Callable[P, R], *, timeout_s: float = 60.0, max_output_chars: int = 8000) -> None:
-        self.function = function
-        self.name: str = _name_of(function)
+    def __init__(
+        self,
+        function: Callable[P, R],
+        *,
+        timeout_s: float = 60.0,
+        max_output_chars: int = 8000,
+        signature: Signature | None = None,
+    ) -> None:
+        self.function = function.__func__ if isinstance(function, staticmethod) else function
         self.timeout_s = timeout_s
         """Longest call. The thread of a synchronous function cannot be stopped; its result is then thrown away."""
         self.max_output_chars = max_output_chars
         """Longer results are cut, and say so."""
-        self._arguments = _arguments_model(function, self.name)
-        self._is_async = _is_async(function)
-        self.schema: dict[str, Any] = {
-            "type": "function",
-            "function": {
-                "name": self.name,
-                "description": _description(function),
-                "parameters": _parameters(self._arguments, self.name),
-            },
-        }
+        self.signature = signature_of(self.function) if signature is None else signature
+        """How the model sees it; made from `function` if left out."""
+        functools.update_wrapper(self, self.function)
+
+    @property
+    def name(self) -> str:
+        return self.signature.name
+
+    @property
+    def schema(self) -> dict[str, Any]:
         """As chat templates and the OpenAI API take it."""
-        functools.update_wrapper(self, function)
+        return self.signature.schema
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.function(*args, **kwargs)
 
+    def __get__(self, instance: Any, owner: type | None = None) -> Tool[..., R]:
+        """A tool that is a method, bound to its object; cheap, since one is made for each rollout."""
+        if instance is None or not self.signature.needs_self:
+            return self
+        bound = object.__new__(Tool)
+        bound.__dict__ |= self.__dict__
+        bound.function = self.function.__get__(instance, owner)
+        bound.signature = self._bound_signature
+        return bound
+
+    @functools.cached_property
+    def _bound_signature(self) -> Signature:
+        return dataclasses.replace(self.signature, needs_self=False)
+
     def __repr__(self) -> str:
         return f"Tool({self.name})"
 
-    async def call(self, arguments: Mapping[str, Any] | str) -> str:
+    async def call(self, arguments: Arguments) -> str:
         """Run one call of the model and return what the model shall read."""
         return (await self.invoke(arguments)).text
 
-    async def invoke(self, arguments: Mapping[str, Any] | str) -> ToolResult:
+    async def invoke(self, arguments: Arguments) -> ToolResult:
         """As `call`, and says whether the call failed.
 
         Errors of asyncrl itself (such as `RecoverableRolloutError`) and cancellation are raised: a tool that
         finds its own machinery broken can have the whole rollout drawn again.
         """
-        try:
-            checked = (
-                self._arguments.model_validate_json(arguments)
-                if isinstance(arguments, str)
-                else self._arguments.model_validate(dict(arguments))
+        if self.signature.needs_self:
+            raise ToolError(
+                f"tool {self.name} is a method without its object. Give that of an object: `shop.{self.name}`."
             )
-        except ValidationError as error:
-            return ToolResult(f"Error: bad arguments for {self.name}: {_explain(error)}", error=True)
-        named = {field: getattr(checked, field) for field in type(checked).model_fields}
-        text: str | None = None
-        with anyio.move_on_after(self.timeout_s):
-            try:
-                text = _as_text(await self._run(named))
-            except AsyncRLError:
-                raise
-            except Exception as error:  # what a tool raises is for the model to read, whatever it is
-                return ToolResult(self._cut(f"Error: {type(error).__name__}: {error}"), error=True)
-        if text is None:
-            return ToolResult(f"Error: {self.name} took longer than {self.timeout_s:g} s.", error=True)
-        return ToolResult(self._cut(text))
+        try:
+            named = self.signature.check(arguments)
+        except BadArguments as error:
+            return ToolResult(f"Error: bad arguments for {self.name}: {error}", error=True)
+        call = functools.partial(self.function, **named)
+        try:
+            outcome = await (self._in_task(call) if self.signature.is_async else self._in_thread(call))
+        except TimeoutError as error:  # the tool's own would be in the outcome
+            return ToolResult(f"Error: {error}.", error=True)
+        if outcome.error is None:
+            return ToolResult(outcome.unwrap())
+        if isinstance(outcome.error, AsyncRLError):
+            raise outcome.error
+        self._tell_once(outcome.error)
+        return ToolResult(error_text(outcome.error, self.max_output_chars), error=True)
 
-    async def _run(self, named: dict[str, Any]) -> Any:
-        call: Callable[[], Any] = functools.partial(self.function, **named)
-        if self._is_async:
-            return await call()
-        return await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=_limiter())
+    async def _in_thread(self, call: Callable[[], Any]) -> Outcome[str]:
+        try:
+            threads = _threads.get()
+        except LookupError:
+            threads = WeakKeyDictionary()
+            _threads.set(threads)
+        mine = threads.setdefault(self.signature, Threads(TOOL_THREADS))
+        return await mine.run(lambda: as_text(call(), self.max_output_chars), self.name, self.timeout_s)
 
-    def _cut(self, text: str) -> str:
-        if len(text) <= self.max_output_chars:
-            return text
-        return f"{text[: self.max_output_chars]}\n[cut: {self.max_output_chars} of {len(text)} characters]"
+    async def _in_task(self, call: Callable[[], Any]) -> Outcome[str]:
+        async def work() -> str:
+            return as_text(await call(), self.max_output_chars)
+
+        return await in_own_task(work, self.name, self.timeout_s, CANCEL_GRACE_S)
+
+    def _tell_once(self, error: BaseException) -> None:
+        """The model alone reads what a tool raises, so a tool that is broken would go unseen."""
+        kind = type(error).__name__
+        if kind not in self.signature.raised:
+            self.signature.raised.add(kind)
+            *_, last = traceback.extract_tb(error.__traceback__) or [None]
+            where = f"{last.filename}:{last.lineno}" if last else "nowhere"
+            log.warning(
+                "a tool raised; the model reads it, and the log tells of it once",
+                tool=self.name,
+                error=error_text(error, 500),
+                where=where,
+            )
 
 
 @overload
@@ -134,99 +176,41 @@ def tool(
     """Make a typed function, synchronous or async, a tool that a model may call.
 
     The docstring is what the model reads; an `Args:` section in it describes the parameters. Synchronous functions
-    run in a worker thread. As `@tool` or as `@tool(timeout_s=5)`.
+    run in a worker thread. As `@tool` or as `@tool(timeout_s=5)`, on functions and on methods.
     """
     if function is not None:
         return Tool(function)
     return functools.partial(Tool, timeout_s=timeout_s, max_output_chars=max_output_chars)
 
 
-def _limiter() -> anyio.CapacityLimiter:
-    """One for each event loop: a limiter belongs to the loop it was first used in."""
-    try:
-        return _threads.get()
-    except LookupError:
-        limiter = anyio.CapacityLimiter(TOOL_THREADS)
-        _threads.set(limiter)
-        return limiter
+def collect_tools(tools: Iterable[Any]) -> dict[str, Tool[..., Any]]:
+    """Tools by name: of functions, of bound methods, and of objects, which give their methods marked `@tool`.
+
+    Raises:
+        ToolError: two have the same name, or something is none of these.
+    """
+    found: dict[str, Tool[..., Any]] = {}
+    for given in tools:
+        for each in _tools_of(given):
+            if each.signature.needs_self:
+                raise ToolError(f"tool {each.name} is a method. Give it with its object, as `shop.{each.name}`.")
+            if each.name in found and found[each.name] is not each:
+                raise ToolError(f"two tools are called {each.name!r}. The model tells tools apart by name: rename one.")
+            found[each.name] = each
+    return found
 
 
-def _name_of(function: Callable[..., Any]) -> str:
-    name = getattr(function, "__name__", type(function).__name__)
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", name):
-        raise ToolError(f"a tool needs a name that a model can write; found {name!r}. Use a function made with `def`.")
-    return name
+def _tools_of(given: Any) -> list[Tool[..., Any]]:
+    if isinstance(given, Tool):
+        return [given]
+    if marked := _marked(type(given)):
+        return [getattr(given, name) for name in marked]
+    if isinstance(given, type) and _marked(given):
+        raise ToolError(f"{given.__name__} is a class with tools. Give an object of it: `{given.__name__}(...)`.")
+    return [Tool(given)]
 
 
-def _is_async(function: Callable[..., Any]) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-
-
-def _arguments_model(function: Callable[..., Any], name: str) -> type[BaseModel]:
-    """A pydantic model with one field per parameter."""
-    try:
-        hints = get_type_hints(function, include_extras=True)
-    except NameError as error:
-        raise ToolError(f"tool {name}: a type in its signature is not known where it is defined: {error}.") from None
-    described = _argument_descriptions(_doc(function))
-    fields: dict[str, Any] = {}
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise ToolError(f"tool {name}: found the parameter {parameter}. Expected parameters with a name each.")
-        if parameter.name not in hints:
-            raise ToolError(f"tool {name}: parameter {parameter.name!r} has no type. Annotate it, such as `: str`.")
-        default = ... if parameter.default is parameter.empty else parameter.default
-        text = described.get(parameter.name)
-        about = Field(default, description=text) if text else default
-        fields[parameter.name] = (hints[parameter.name], about)
-    try:
-        return create_model(name, __config__=ConfigDict(extra="forbid", protected_namespaces=()), **fields)
-    except (PydanticUserError, NameError) as error:
-        raise ToolError(f"tool {name}: its parameters cannot be checked: {error}.") from None
-
-
-def _parameters(arguments: type[BaseModel], name: str) -> dict[str, Any]:
-    try:
-        schema = arguments.model_json_schema()
-    except PydanticUserError as error:
-        raise ToolError(f"tool {name}: JSON cannot express its parameters: {error}.") from None
-    return {"type": "object", "properties": {}, **_without_titles(schema)}
-
-
-def _without_titles(schema: dict[str, Any]) -> dict[str, Any]:
-    """Titles only repeat names, and cost tokens in every prompt."""
-    slim = {key: value for key, value in schema.items() if key not in ("title", "additionalProperties")}
-    for key in ("properties", "$defs"):
-        if key in slim:
-            slim[key] = {name: _without_titles(inner) for name, inner in slim[key].items()}
-    return slim
-
-
-def _doc(function: Callable[..., Any]) -> str:
-    return inspect.getdoc(function) or ""
-
-
-def _description(function: Callable[..., Any]) -> str:
-    """The docstring up to its first section."""
-    head, *_sections = re.split(r"(?:^|\n)(?:Args|Arguments|Parameters|Returns|Raises|Yields):\s*\n", _doc(function))
-    return head.strip()
-
-
-def _argument_descriptions(doc: str) -> dict[str, str]:
-    """The `Args:` section: `name: text` or `name (type): text`, further lines indented deeper."""
-    section = re.search(r"(?:^|\n)(?:Args|Arguments|Parameters):\s*\n((?:[ \t]+.*(?:\n|$)|\n)+)", doc)
-    if section is None:
-        return {}
-    entries = re.findall(r"^[ \t]+(\w+)(?: \([^)]*\))?:[ \t]*((?:.*)(?:\n[ \t]{6,}.*)*)", section[1], re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
-
-
-def _as_text(result: Any) -> str:
-    return result if isinstance(result, str) else to_json(result, fallback=str).decode()
-
-
-def _explain(error: ValidationError) -> str:
-    return "; ".join(
-        f"{'.'.join(map(str, fault['loc'])) or 'arguments'}: {fault['msg']}"
-        for fault in error.errors(include_url=False, include_input=False, include_context=False)
-    )
+def _marked(kind: type) -> list[str]:
+    """Names of the methods that are tools, in the order in which they are written."""
+    members = {name: value for base in reversed(kind.__mro__) for name, value in vars(base).items()}
+    return [name for name, value in members.items() if isinstance(value, Tool)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from asyncrl.errors import RolloutContractError
@@ -112,18 +113,22 @@ class Transcript:
         self._order.remove(node)
         self._count(f"drop: {cause}")
 
+    def broke_off(self, cause: str) -> None:
+        """A turn was broken off while it was drawn, so there is none."""
+        self._count(f"drop: {cause}")
+
     def rollout(
         self,
         reward: float,
         info: Callable[[Node], Mapping[str, Any]] | Mapping[str, Any],
-        turn_rewards: Sequence[float] | None = None,
+        turn_rewards: Sequence[float | None] | None = None,
     ) -> Rollout:
         """What the rollout function returns. The lists are copies: the conversation may go on.
 
         Args:
             reward: Of the whole rollout.
             info: For the rollout log; a function is asked for each leaf.
-            turn_rewards: One for each turn, in the order of `turns`.
+            turn_rewards: One for each turn, in the order of `turns`; None for a turn without one.
 
         Raises:
             RolloutContractError: the policy has drawn nothing yet, or the turn rewards do not fit.
@@ -146,7 +151,8 @@ class Transcript:
             for node in leaf.path():
                 columns.add(node, rewards.get(id(node)), trained=id(node) not in trained)
                 trained.add(id(node))
-            samples.append(columns.as_sample(reward, info(leaf) if callable(info) else info))
+            sample = columns.as_sample(reward, info(leaf) if callable(info) else info)
+            samples.append(sample if turn_rewards is None else replace(sample, turn_rewards=columns.turn_rewards))
         return samples[0] if len(samples) == 1 else RolloutRun(samples)
 
     def _count(self, what: str, number: int = 1) -> None:
@@ -172,11 +178,15 @@ class _Columns:
         self.logprobs: list[float] = []
         self.loss_mask: list[int] = []
         self.versions: list[int] = []
-        self.turn_rewards: list[float] = []
+        self.turn_rewards: list[float | None] = []
+        """One for each stretch of ones in `loss_mask`."""
 
     def add(self, node: Node, reward: float | None, *, trained: bool) -> None:
         """One turn: what was read, then what was drawn."""
         read, completion = len(node.context), node.completion
+        if trained and not read and self.loss_mask and self.loss_mask[-1]:  # it goes on with the turn before
+            begun = self.turn_rewards.pop()
+            reward = reward if begun is None else begun + (reward or 0.0)
         self.tokens += node.context
         self.tokens += completion.tokens
         self.logprobs += [0.0] * read
@@ -185,7 +195,7 @@ class _Columns:
         self.loss_mask += [int(trained)] * len(completion.tokens)
         self.versions += [0] * read
         self.versions += completion.versions
-        if trained and reward is not None:
+        if trained:
             self.turn_rewards.append(reward)
 
     def as_sample(self, reward: float, info: Mapping[str, Any]) -> RolloutSample:
@@ -196,5 +206,4 @@ class _Columns:
             reward=reward,
             versions=self.versions,
             info=info,
-            turn_rewards=self.turn_rewards or None,
         )

@@ -20,7 +20,7 @@ from asyncrl.storage.folder import OFF
 Settings = dict[str, Any]
 Kind = TypeVar("Kind", bound=BaseModel)
 
-PATHS = ("dataset", "evaluation_dataset", "lora.warm_start", "warm_start_from_adapter")
+PATHS = ("dataset", "evaluation.dataset", "evaluation_dataset", "lora.warm_start", "warm_start_from_adapter")
 MODELS = ("model", "base_model")
 """Also names on the hub: a path begins with `.` or `~`, or is absolute."""
 FUNCTIONS = ("rollout_fn", "policy_loss", "advantage", "group_filter")

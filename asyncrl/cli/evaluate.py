@@ -9,44 +9,42 @@ from asyncrl.cli.config import load_config
 from asyncrl.cli.rollout_fn import load_rollout
 from asyncrl.cli.train import require_dataset
 from asyncrl.errors import ConfigError
-from asyncrl.rollout.evaluation import Estimate
 from asyncrl.storage.folder import RunFolder
 
 
-def evaluate(target: str, dataset: str | None, samples: int, overrides: Sequence[str]) -> int:
+def evaluate(target: str, dataset: str | None, samples: int | None, overrides: Sequence[str]) -> int:
     """Print the mean reward and, of several rollouts of a row, pass@k, with their intervals; returns the exit code.
 
     A run folder is evaluated with its final model, a config file with the model that it names.
     """
-    if samples < 1:
+    if samples is not None and samples < 1:
         raise ConfigError(f"--samples is {samples}, expected at least 1.")
-    given = ["--dataset", dataset] if dataset is not None else []
+    given = ["--evaluation.dataset", dataset] if dataset is not None else []
+    given += ["--evaluation.samples", str(samples)] if samples is not None else []
     path = Path(target)
     if path.is_dir():
         given += ["--model", str(_final_model(path.absolute()))]
         path = RunFolder(path.absolute()).config
     config = load_config(path, [*given, *overrides])
-    rows = require_dataset(config)
+    rows = require_dataset(config.dataset if config.evaluation.dataset is None else config.evaluation.dataset)
     rollout = load_rollout(config.rollout_fn, path.parent)
     from asyncrl.run import evaluate as measure
 
-    result = measure(rollout, dataset=rows, config=config, samples=samples)
-    print(f"mean reward {_told(result.reward)} (95%, {result.n} rollouts)")
-    powers = [1 << power for power in range(samples.bit_length())]
-    for k in powers if samples > 1 else []:
-        print(
-            f"pass@{k} {_told(result.pass_at(k))}" + (" (a pass is a reward of at least 1)" if k == powers[-1] else "")
-        )
+    print(f"model: {config.model}\nrows: {rows}", flush=True)
+    result = measure(rollout, dataset=rows, config=config)
+    failed = f", {result.failed} more failed" if result.failed else ""
+    print(f"mean reward {result.reward} (95%, {result.n} rollouts{failed})")
+    for k, estimate in result.passes().items():
+        print(f"pass@{k} {estimate}" + (" (a pass is a reward of at least 1)" if k == 1 else ""))
     return 0
-
-
-def _told(estimate: Estimate) -> str:
-    return f"{estimate.mean:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"
 
 
 def _final_model(root: Path) -> Path:
     if not RunFolder(root).config.is_file():
-        raise ConfigError(f"{root} is not a run folder: it has no config.toml.")
+        raise ConfigError(
+            f"{root} is not a run folder: it has no config.toml. A model or adapter is evaluated with the config that "
+            f"names its rollout function: asyncrl eval CONFIG.toml --model {root}."
+        )
     folder = RunFolder(root, load_config(root / "config.toml").export_name)
     if not folder.model.is_dir():
         raise ConfigError(

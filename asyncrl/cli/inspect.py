@@ -195,8 +195,8 @@ def show(rollout: Rollout, console: Console) -> None:
             console.print(f"segment {index + 1} of {len(rollout.samples)}", style="bold")
         for line in _facts(sample):
             console.print(Text(line, "bright_black"))
-        for line in _calls(sample.get("info", {})):
-            console.print(line, soft_wrap=True)
+        for call in _calls(sample.get("info", {})):
+            console.print(call, soft_wrap=True)
         for stretch, seconds in _timed(sample):
             for role, piece in _by_role(stretch["kind"], stretch["text"]):
                 _print_turn(console, role, piece)

@@ -83,6 +83,10 @@ class LiveView:
         """Take what is true now: `in_flight`, `window`, `queue_groups`, ... by the names of docs/metrics.md."""
         self._progress.gauges = dict(values)
 
+    def evaluated(self, record: StepRecord) -> None:
+        """Take what an evaluation found."""
+        self._progress.evaluations.append(record)
+
     def note(self, text: str) -> None:
         """Print a line that stays, above the panel."""
         self._console.print(escape(text), soft_wrap=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Part = Literal["progress", "reward", "groups", "staleness", "speed", "time", "scheduler", "objective"]
+Part = Literal["progress", "reward", "groups", "staleness", "speed", "time", "scheduler", "objective", "evaluation"]
 
 StepRecord = Mapping[str, float | int | str]
 """One optimizer step: metric name -> value. Flat, so that every tracker can take it."""
@@ -39,6 +39,9 @@ PARTS: dict[Part, str] = {
     "scheduler": "Who is busy, read when the step ended. `asyncrl train` shows these live.",
     "objective": "From the trainer, over the loss tokens of the whole optimizer batch. "
     "The formulas are in docs/objectives.md.",
+    "evaluation": "One record per evaluation, in `evaluations.jsonl` and in the trackers, where `eval_version` is the "
+    "axis: an evaluation ends some steps after the version that it measures. The numbers of an evaluation function are "
+    "named `eval_<name>`. More in docs/evaluation.md.",
 }
 
 # fmt: off
@@ -48,12 +51,16 @@ METRICS: tuple[Metric, ...] = (
     Metric("time_s", "progress", "s", "Since the run began."),
     Metric("reward_mean", "reward", "1", "Before filtering: over every rollout of the groups that finished."),
     Metric("reward_trained_mean", "reward", "1", "After filtering: over the rollouts that were trained."),
+    Metric("turn_reward_mean", "reward", "1", "Over the trained turns that have a reward of their own, where there are."),
     Metric("groups_trained", "groups", "groups", "In this step's batch."),
     Metric("groups_filtered", "groups", "groups", "All rewards equal: no signal, not trained."),
     Metric("groups_rejected", "groups", "groups", "Fewer than `rollout.min_group_size` members survived."),
     Metric("members_failed", "groups", "rollouts", "Rollouts that failed for good: their retries were used up."),
     Metric("members_retried", "groups", "rollouts", "Rollouts that failed recoverably and were drawn again."),
     Metric("members_dropped", "groups", "rollouts", "Rollouts for which the rollout function returned None."),
+    Metric("forks", "groups", "turns", "Turns that parted from a history others go on from; causes are in the log."),
+    Metric("dropped_turns", "groups", "turns", "Turns that were drawn and given up: `on_limit`, a lost connection."),
+    Metric("realigned_tokens", "groups", "tokens", "Drawn tokens that `chat.realign_tokens` gave up."),
     Metric("rollouts_finished", "groups", "rollouts", "Rollouts that came back with a reward, trained or not."),
     Metric("samples", "groups", "samples", "Token sequences trained. A rollout whose history branched has several."),
     Metric("staleness_mean", "staleness", "steps", "Mean over the loss tokens."),
@@ -120,6 +127,17 @@ METRICS: tuple[Metric, ...] = (
     Metric("pack_efficiency", "objective", "1", "Share of the packed micro-batches that is tokens and not padding."),
     Metric("canary_diff", "objective", "nats", "Largest log-prob difference between sampler and trainer on the fixed "
            "probe, after the last hot-load."),
+    Metric("eval_version", "evaluation", "steps", "The version that was measured."),
+    Metric("eval_version_newest", "evaluation", "steps", "As `eval_version`; larger where the sampler has one version "
+           "at a time (full weights in vLLM) and newer weights drew a part of it."),
+    Metric("eval_reward", "evaluation", "1", "Mean over the held-out rows of the mean over a row's rollouts."),
+    Metric("eval_reward_low", "evaluation", "1", "Lower end of its 95 % interval, over rows."),
+    Metric("eval_reward_high", "evaluation", "1", "Upper end."),
+    Metric("eval_pass_at_k", "evaluation", "1", "k = 1, 2, 4, ... up to `evaluation.samples`, from 2 on: how likely "
+           "one of k rollouts of a row has a reward of at least 1."),
+    Metric("eval_rollouts", "evaluation", "rollouts", "Rollouts that gave a reward."),
+    Metric("eval_failed", "evaluation", "rollouts", "Rollouts that gave none; they count in no mean."),
+    Metric("eval_s", "evaluation", "s", "How long it took."),
 )
 # fmt: on
 

@@ -32,6 +32,7 @@ class Progress:
     recent: deque[Mapping[str, Any]]
     """The last step records."""
     gauges: dict[str, Any] = field(default_factory=dict)
+    evaluations: list[Mapping[str, Any]] = field(default_factory=list)
     step: int = 0
     worst_staleness: float = 0.0
     failed: int = 0
@@ -79,6 +80,8 @@ def panel(progress: Progress, now: float) -> RenderableType:
     rows.add_column(style="dim", no_wrap=True)
     rows.add_column(overflow="fold")
     rows.add_row("reward", _reward(progress))
+    if progress.evaluations:
+        rows.add_row("held-out", held_out(progress))
     rows.add_row("staleness", staleness(progress))
     rows.add_row("rollouts", rollouts(progress))
     rows.add_row("speed", speed(progress))
@@ -123,6 +126,25 @@ def staleness(progress: Progress) -> str:
         return "no step yet"
     oldest = _show(progress.last("staleness_max"), 0)
     return f"mean {mean:.1f}, max {oldest}, worst so far {progress.worst_staleness:.0f}"
+
+
+def held_out(progress: Progress) -> str:
+    """The last evaluation with its interval, the best, and what is measured now."""
+    rewarded = [(reward, e) for e in progress.evaluations if (reward := _finite(e.get("eval_reward"))) is not None]
+    parts = []
+    if rewarded:
+        reward, last = rewarded[-1]
+        low, high = _finite(last.get("eval_reward_low")), _finite(last.get("eval_reward_high"))
+        interval = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
+        parts.append(f"{reward:.3f}{interval} at step {last['eval_version']:.0f}")
+        best, when = max(rewarded, key=lambda pair: pair[0])
+        if best > reward:
+            parts.append(f"best {best:.3f} at step {when['eval_version']:.0f}")
+    else:
+        parts.append(f"evaluated at step {progress.evaluations[-1]['eval_version']:.0f}")
+    if (version := _finite(progress.gauges.get("eval_version"))) is not None:
+        parts.append(f"measuring step {version:.0f}: {progress.gauges['eval_done']:.0f} rollouts")
+    return ", ".join(parts)
 
 
 def rollouts(progress: Progress) -> str:

@@ -28,18 +28,26 @@ class MetricSink(Protocol):
     def write(self, record: StepRecord) -> None:
         """Hand one record over. Does not wait for disk or network."""
 
+    def evaluated(self, record: StepRecord) -> None:
+        """Hand over what an evaluation found. Its axis is `eval_version`, which is older than the last step."""
+
     def close(self) -> None:
         """Send what is left. May wait. Called once."""
 
 
 class JsonlSink:
-    """`metrics.jsonl`: one line per step."""
+    """`metrics.jsonl`: one line per step. `evaluations.jsonl`: one per evaluation, if there are any."""
 
     def __init__(self, folder: Path) -> None:
         self._file = JsonlFile(folder / "metrics.jsonl")
+        self._evaluations = folder / "evaluations.jsonl"
 
     def write(self, record: StepRecord) -> None:
         self._file.write(record)
+
+    def evaluated(self, record: StepRecord) -> None:
+        with JsonlFile(self._evaluations) as file:
+            file.write(record)
 
     def close(self) -> None:
         self._file.close()
@@ -58,9 +66,15 @@ class WandbSink:
             config=dict(settings),
             settings=wandb.Settings(console="off"),  # its capture of the terminal and the live view would fight
         )
+        self._run.define_metric("eval_*", step_metric="eval_version")
+        self._step = 0
 
     def write(self, record: StepRecord) -> None:
-        self._run.log(dict(record), step=int(record["step"]))
+        self._step = int(record["step"])
+        self._run.log(dict(record), step=self._step)
+
+    def evaluated(self, record: StepRecord) -> None:
+        self._run.log(dict(record), step=self._step)  # its steps never go back
 
     def close(self) -> None:
         self._run.finish()
@@ -76,10 +90,15 @@ class TensorBoardSink:
         self._writer = writer.EventFileWriter(str(folder / "tensorboard"))
 
     def write(self, record: StepRecord) -> None:
+        self._add(record, int(record["step"]))
+
+    def evaluated(self, record: StepRecord) -> None:
+        self._add(record, int(record["eval_version"]))
+
+    def _add(self, record: StepRecord, step: int) -> None:
         values = [self._summaries.Summary.Value(tag=name, simple_value=v) for name, v in _numbers(record).items()]
         summary = self._summaries.Summary(value=values)
-        event = self._events.Event(step=int(record["step"]), wall_time=time.time(), summary=summary)
-        self._writer.add_event(event)
+        self._writer.add_event(self._events.Event(step=step, wall_time=time.time(), summary=summary))
 
     def close(self) -> None:
         self._writer.close()
@@ -97,6 +116,9 @@ class TrackioSink:
         values = {name: value for name, value in record.items() if name != "step"}  # a word of its own there
         self._run.log(values, step=int(record["step"]))
 
+    def evaluated(self, record: StepRecord) -> None:
+        self._run.log(dict(record), step=int(record["eval_version"]))
+
     def close(self) -> None:
         self._run.finish()
 
@@ -110,6 +132,10 @@ class SinkList:
     def write(self, record: StepRecord) -> None:
         for sink in self._sinks:
             sink.write(record)
+
+    def evaluated(self, record: StepRecord) -> None:
+        for sink in self._sinks:
+            sink.evaluated(record)
 
     def close(self) -> None:
         """Close every sink, also when one of them raises."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from asyncrl.errors import ConfigError
 from asyncrl.recipes.mapping import Settings
 from asyncrl.recipes.policy import PolicyConfig, TISConfig, WandBConfig, start
 from asyncrl.sections import NonNegativeInt
@@ -53,18 +52,14 @@ def main(
         rollout_fn_factory: `make_rollout(setup)`, which returns the rollout function, or a context manager around it.
         rollout_fn: `async def rollout(prompt)` itself: one of the two is needed.
         dynamic_filter_fn: From a group's rewards to whether it is trained; None filters groups of equal rewards.
-        evaluation_fn: Refused until evaluation during training is there; so is `evaluation_interval`.
+        evaluation_fn: `async def evaluation_fn(evaluation)`, which measures one version: docs/evaluation.md. Called
+            before and after training; training does not wait for it.
+        evaluation_interval: Called during training too, whenever so many more optimizer steps are live.
         rows: Anything with len() and [index], in place of `config.dataset`.
         rollout_extras: What the factory finds in `setup.extras`.
 
     Raises: as `asyncrl.train`.
     """
-    for name, value in (("evaluation_fn", evaluation_fn), ("evaluation_interval", evaluation_interval)):
-        if value is not None:
-            raise ConfigError(
-                f"{name} is given, but there is no evaluation during training yet. Leave it out; "
-                "asyncrl.train(..., evaluation=rows) measures before and after, and asyncrl.evaluate any saved model."
-            )
     return start(
         config,
         rollout_fn_factory=rollout_fn_factory,
@@ -72,4 +67,6 @@ def main(
         dynamic_filter_fn=dynamic_filter_fn,
         rows=rows,
         rollout_extras=rollout_extras,
+        evaluation_fn=evaluation_fn,
+        evaluation_interval=evaluation_interval,
     )

@@ -39,7 +39,7 @@ class RecipeConfig(Section):
         if self.wandb is not None:
             settings["trackers"] = tuple(dict.fromkeys(("wandb", *settings.get("trackers", ()))))
         try:
-            return EngineConfig(**settings, **more)
+            return EngineConfig(**(settings | more))
         except ConfigError as error:
             raise ConfigError(in_these_words(str(error), fields)) from None
 

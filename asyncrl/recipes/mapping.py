@@ -77,6 +77,8 @@ REFUSED: Mapping[str, str] = {
 NO_MEANING: Mapping[str, str] = {
     "infra": "there is no training service here; the model is trained on this machine. `engine={'trainer': {...}}` "
     "has the settings of the trainer.",
+    "ig_weight": "the gains of a group's turns are normalised, which takes any factor away again.",
+    "scoring_workers": "the sampler scores beside what it draws; there are no threads to count.",
     "deployment": "there is no hosted deployment here; the sampler runs on this machine. `engine={'sampler': {...}}` "
     "has its settings.",
     "weight_sync": "its settings are fields of the recipe itself: weight_sync_interval, weight_sync_timeout, "

@@ -14,7 +14,7 @@ from asyncrl.config import Section, WandbConfig
 from asyncrl.data import Rows
 from asyncrl.errors import ConfigError
 from asyncrl.recipes.base import RecipeConfig
-from asyncrl.recipes.mapping import NO_MEANING, REFUSED, WHEN_GIVEN, Settings
+from asyncrl.recipes.mapping import NO_MEANING, REFUSED, WHEN_GIVEN, Settings, engine_paths
 from asyncrl.rollout.factory import is_async, with_extras
 from asyncrl.sections import NonNegativeFloat, NonNegativeInt
 
@@ -123,11 +123,36 @@ def start(
     dynamic_filter_fn: Callable[[list[float]], bool] | None,
     rows: Rows | None,
     rollout_extras: Mapping[str, Any] | None,
+    evaluation_fn: Callable[..., Any] | None = None,
+    evaluation_interval: int | None = None,
 ) -> asyncrl.TrainResult:
     """Train. Raises as `asyncrl.train`."""
     work = chosen_rollout(rollout_fn_factory, rollout_fn, rollout_extras)
     require_rows(config.dataset, rows)
-    return asyncrl.train(work, dataset=rows, config=config.engine_config(group_filter=dynamic_filter_fn))
+    engine = config.engine_config(
+        group_filter=dynamic_filter_fn, **evaluated(config, evaluation_fn, evaluation_interval)
+    )
+    return asyncrl.train(work, dataset=rows, config=engine, evaluation=evaluation_fn)
+
+
+def evaluated(config: PolicyConfig, function: Callable[..., Any] | None, interval: int | None) -> Settings:
+    """The engine's section for evaluations, where `main` was given an interval.
+
+    Raises:
+        ConfigError: an interval without anything to evaluate, or `engine` sets another.
+    """
+    if interval is None:
+        return {}
+    paths = [(path.partition("."), value) for path, value in engine_paths(config.engine)]
+    own = {leaf: value for (section, _, leaf), value in paths if section == "evaluation"}
+    if "interval" in own:
+        raise ConfigError("engine sets evaluation.interval, which is evaluation_interval of main: give one of them.")
+    if function is None and own.get("dataset") is None:
+        raise ConfigError(
+            f"evaluation_interval is {interval}, but there is nothing to evaluate. Pass evaluation_fn, or "
+            "engine={'evaluation': {'dataset': ...}} for the rollout function on held-out rows."
+        )
+    return {"evaluation": {**own, "interval": interval}}
 
 
 def chosen_rollout(

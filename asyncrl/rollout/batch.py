@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import compress
 
 from asyncrl.rollout.staleness import Verdict, judge, mask_stale
+from asyncrl.rollout.turns import turn_rewards
 from asyncrl.types import Group, RolloutSample, TrainSequence
 
 
@@ -76,6 +77,11 @@ class Batch:
     def trained(self) -> list[Group]:
         """The groups that carry signal."""
         return [group for group in self.groups if group.advantages]
+
+    def turn_rewards(self) -> dict[str, float]:
+        """Their mean over the trained groups, as a metric; nothing where no turn has one."""
+        rewards = turn_rewards(run for group in self.trained for run in group.runs)
+        return {"turn_reward_mean": sum(rewards) / len(rewards)} if rewards else {}
 
     def verdict(self, group: Group) -> Verdict:
         """Whether the group can be trained in this batch. A mask that would leave nothing is a drop."""

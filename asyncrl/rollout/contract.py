@@ -14,6 +14,7 @@ from itertools import compress
 from typing import Any
 
 from asyncrl.errors import RolloutContractError
+from asyncrl.rollout.turns import turns
 from asyncrl.types import RolloutRun, RolloutSample
 
 _LOGPROB_SLACK = 1e-3
@@ -79,6 +80,7 @@ class Contract:
             reward=reward,
             versions=versions,
             advantages=None if sample.advantages is None else _advantages(sample.advantages, mask),
+            turn_rewards=None if sample.turn_rewards is None else _turn_rewards(sample, mask),
         )
 
     def _check_tokens(self, tokens: list[int]) -> None:
@@ -170,6 +172,27 @@ def _advantages(values: Sequence[Any], mask: list[int]) -> list[float]:
                     "Leave `advantages` out to have the group's rewards compared."
                 )
     return [advantage if trained else 0.0 for advantage, trained in zip(advantages, mask, strict=True)]
+
+
+def _turn_rewards(sample: RolloutSample, mask: list[int]) -> list[float | None]:
+    """One per turn; None where a turn has no reward of its own."""
+    if sample.advantages is not None:
+        raise RolloutContractError(
+            "a sample has both advantages and turn_rewards. Advantages are what turn rewards become: leave one of the "
+            "two out."
+        )
+    assert sample.turn_rewards is not None
+    rewards = _numbers("turn_rewards", sample.turn_rewards, lambda reward: None if reward is None else float(reward))
+    count = len(turns(mask))
+    if len(rewards) != count:
+        raise RolloutContractError(
+            f"turn_rewards has {len(rewards)} entries, but the sample has {count} turns: stretches of ones in "
+            "loss_mask. Expected one entry per turn, None for a turn without a reward of its own."
+        )
+    for place, reward in enumerate(rewards):
+        if reward is not None and not math.isfinite(reward):
+            raise RolloutContractError(f"turn_rewards[{place}] is {reward}. Expected a finite number, or None.")
+    return rewards
 
 
 def _check_versions(versions: list[int], mask: list[int], oldest: int, newest: int) -> None:

@@ -1,150 +1,141 @@
-"""Rollouts that are measured and not trained: mean reward on held-out rows, with a confidence interval."""
+"""Rollouts that are measured and not trained."""
 
 from __future__ import annotations
 
-import math
+import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Protocol
 
 import anyio
 import structlog
 
+from asyncrl.config import RolloutConfig
 from asyncrl.data import Prompt, Rows
 from asyncrl.errors import BreakerOpen, RolloutContractError, RolloutFailed, first_failure
 from asyncrl.rollout.contract import Contract
-from asyncrl.rollout.failures import Breaker, is_ours, is_recoverable, users_traceback
-from asyncrl.rollout.scheduler import RolloutFn
+from asyncrl.rollout.estimate import EvalResult
+from asyncrl.rollout.failures import Breaker, FailurePolicy, Verdict, is_ours, users_traceback
+from asyncrl.rollout.limited import call
+from asyncrl.rollout.scheduler import PolicyFactory, RolloutFn
+from asyncrl.types import RolloutRun
 
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A mean over rows, with its 95 % interval."""
+class Room(Protocol):
+    """Where a rollout waits for its turn: `anyio.Semaphore`, or `Guests` of the training window."""
 
-    mean: float
-    low: float
-    high: float
-    rows: int
+    async def acquire(self) -> None: ...
 
-    @classmethod
-    def over(cls, values: list[float]) -> Estimate:
-        """The normal interval over rows: the rollouts of one row are not independent. NaN where there are too few."""
-        count = len(values)
-        mean = sum(values) / count if count else math.nan
-        if count < 2:
-            return cls(mean, math.nan, math.nan, count)
-        variance = sum((value - mean) ** 2 for value in values) / (count - 1)
-        half_width = 1.96 * math.sqrt(variance / count)
-        return cls(mean, mean - half_width, mean + half_width, count)
-
-
-@dataclass(slots=True)
-class EvalResult:
-    """Mean reward over the rows that were rolled out."""
-
-    per_row: dict[int, list[float]] = field(default_factory=dict)
-    """Row index -> the rewards of its rollouts."""
-    failed: int = 0
-    """Rollouts that gave no reward; they count in no mean."""
-
-    @property
-    def n(self) -> int:
-        """Rollouts that gave a reward."""
-        return sum(map(len, self.per_row.values()))
-
-    @property
-    def reward(self) -> Estimate:
-        """Mean over rows of the mean over a row's rollouts."""
-        return Estimate.over([sum(rewards) / len(rewards) for rewards in self.per_row.values() if rewards])
-
-    @property
-    def mean(self) -> float:
-        return self.reward.mean
-
-    @property
-    def ci_low(self) -> float:
-        """Lower end of the 95 % interval."""
-        return self.reward.low
-
-    @property
-    def ci_high(self) -> float:
-        return self.reward.high
-
-    def pass_at(self, k: int, solved: float = 1.0) -> Estimate:
-        """pass@k: how likely one of `k` rollouts of a row has a reward of at least `solved`.
-
-        Of n rollouts of which c solve the row: 1 - C(n - c, k) / C(n, k), without bias (arXiv:2107.03374, eq. 1).
-        Rows with fewer than `k` rollouts are left out.
-        """
-        counts = [(len(rewards), sum(reward >= solved for reward in rewards)) for rewards in self.per_row.values()]
-        found = Estimate.over([1 - math.comb(n - c, k) / math.comb(n, k) for n, c in counts if n >= k])
-        # A NaN comes first and stays: no comparison with it is true.
-        return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
+    def release(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluator:
-    """Runs a rollout function over rows, `concurrency` at once, each under a time limit."""
+    """Runs a rollout function over rows, each rollout under a time limit. Failures mean what they mean in training."""
 
     rollout: RolloutFn
-    make_policy: Callable[[str], Any]
+    make_policy: PolicyFactory
     contract: Contract
-    timeout_s: float
-    concurrency: int
+    settings: RolloutConfig
     seed: int
 
-    async def run(self, rows: Rows, samples: int = 1) -> EvalResult:
-        """Roll out every row `samples` times.
+    async def run(
+        self,
+        rows: Rows,
+        samples: int = 1,
+        *,
+        room: Room,
+        version: int | None = None,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> EvalResult:
+        """Roll out every row `samples` times, pinned to `version` where one is given; `on_end` as each rollout ends.
 
         Raises:
             RolloutFailed: a rollout failed in a way that trying again would not mend.
             BreakerOpen: an outage.
         """
-        result = EvalResult(per_row={index: [] for index in range(len(rows))})
-        room = anyio.CapacityLimiter(self.concurrency)
-        breaker = Breaker()
+        measurement = _Measurement(self, version, EvalResult(), FailurePolicy(self.settings), Breaker())
         try:
             async with anyio.create_task_group() as tasks:
                 for index in range(len(rows)):
+                    measurement.result.per_row[index] = []
                     for sample in range(samples):
-                        await room.acquire_on_behalf_of((index, sample))
-                        tasks.start_soon(self._one, rows, index, sample, result, breaker, room)
+                        # All wait at once: whoever comes back for one more slot at a time gets none of those that
+                        # come free together.
+                        tasks.start_soon(measurement.one, rows, index, sample, room, on_end)
         except BaseExceptionGroup as group:
             raise first_failure(group) from None
-        return result
+        return measurement.result
 
-    async def _one(
-        self, rows: Rows, index: int, sample: int, result: EvalResult, breaker: Breaker, room: anyio.CapacityLimiter
-    ) -> None:
-        policy = self.make_policy(f"evaluation-{index}-{sample}")
-        prompt = Prompt(rows[index], policy=policy, index=index, rollout_index=sample, evaluation=True, seed=self.seed)
+
+@dataclass(frozen=True, slots=True)
+class _Measurement:
+    """One evaluation under way."""
+
+    evaluator: Evaluator
+    version: int | None
+    result: EvalResult
+    failures: FailurePolicy
+    breaker: Breaker
+
+    async def one(self, rows: Rows, index: int, sample: int, room: Room, on_end: Callable[[], None]) -> None:
+        await room.acquire()
         try:
-            with anyio.fail_after(self.timeout_s):
-                returned = await self.rollout(prompt)
-            if returned is None:
-                result.failed += 1
-                return
-            run = self.contract.check(returned, oldest=0, newest=1 << 62)
-        except Exception as error:
-            result.failed += 1
-            self._judge(error, index, breaker)
-        else:
-            breaker.succeeded()
-            result.per_row[index].append(run.reward)
+            run = await self._draw(rows, index, sample)
         finally:
-            room.release_on_behalf_of((index, sample))
+            room.release()
+        if run is None:
+            self.result.failed += 1
+        else:
+            self.result.per_row[index].append(run.reward)
+        on_end()
 
-    def _judge(self, error: Exception, index: int, breaker: Breaker) -> None:
+    async def _draw(self, rows: Rows, index: int, sample: int) -> RolloutRun | None:
+        """The run of one rollout, drawn again after recoverable failures; None: it gave no reward."""
+        attempt = 0
+        while True:
+            found = await self._attempt(rows, index, sample, attempt)
+            if not isinstance(found, BaseException):
+                if found is not None:
+                    self.breaker.succeeded()
+                return found
+            if self._judge(found, index, attempt):
+                return None
+            attempt += 1
+            await asyncio.sleep(self.failures.backoff_s(attempt))
+
+    async def _attempt(self, rows: Rows, index: int, sample: int, attempt: int) -> RolloutRun | BaseException | None:
+        evaluator, name = self.evaluator, f"row {index} of the evaluation"
+        policy = evaluator.make_policy(f"evaluation-{self.version}-{index}-{sample}-{attempt}", self.version)
+        prompt = Prompt(
+            rows[index], policy=policy, index=index, rollout_index=sample, evaluation=True, seed=evaluator.seed
+        )
+        try:
+            outcome = await call(evaluator.rollout, prompt, name, evaluator.settings.timeout_s)
+        finally:
+            policy.close()
+        if outcome.error is not None or outcome.value is None:
+            return outcome.error
+        try:
+            return evaluator.contract.check(outcome.value, oldest=0, newest=1 << 62)
+        except RolloutContractError as error:
+            return error
+
+    def _judge(self, error: BaseException, index: int, attempt: int) -> bool:
+        """Whether the rollout is lost (else it is drawn again). Raises what ends the evaluation."""
         where = f"row {index} of the evaluation"
         if is_ours(error):
             raise error
-        if isinstance(error, RolloutContractError):
-            raise RolloutFailed(f"{where} returned a sample that cannot be used:\n{error}") from error
-        if not is_recoverable(error):
+        if self.failures.judge(error) is Verdict.FATAL:
+            if isinstance(error, RolloutContractError):
+                raise RolloutFailed(f"{where} returned a sample that cannot be used:\n{error}") from error
             raise RolloutFailed(f"{where} failed:\n{users_traceback(error)}") from error
-        log.info("an evaluation rollout failed", row=index, error=repr(error))
-        outage = breaker.lost()
+        log.info("an evaluation rollout failed", row=index, error=repr(error), retries=self.failures.retries)
+        if attempt < self.failures.retries:
+            return False
+        outage = self.breaker.lost()
         if outage is not None:
             raise BreakerOpen(f"{outage} in the evaluation. The last: {type(error).__name__}: {error}") from error
+        return True

@@ -12,7 +12,15 @@ from enum import Enum
 from pathlib import Path
 
 from asyncrl.config import RolloutConfig
-from asyncrl.errors import EngineError, ModelError, RecoverableRolloutError, RolloutTimeout, SamplerRequestError
+from asyncrl.errors import (
+    EngineError,
+    ModelError,
+    RecoverableRolloutError,
+    RolloutContractError,
+    RolloutFailed,
+    RolloutTimeout,
+    SamplerRequestError,
+)
 
 BREAKER_IN_A_ROW = 5
 BREAKER_WINDOW = 20
@@ -20,6 +28,9 @@ BREAKER_WINDOW = 20
 _RETRYABLE_STATUS = frozenset({408, 429})
 # Client libraries of agents are not imported here, so their connection errors are known by name.
 _CONNECTION_ERRORS = frozenset({"APIConnectionError", "ClientConnectionError", "TransportError", "RequestException"})
+
+_CONTEXT_IS_FULL = "context_length_exceeded"
+"""The code in the endpoint's answer. Client libraries quote the answer, whatever exception they make of it."""
 
 
 class Verdict(Enum):
@@ -37,11 +48,22 @@ def http_status(error: BaseException) -> int | None:
     return None
 
 
+def leaves(error: BaseException) -> list[BaseException]:
+    """The failures that an exception group holds, or the one failure. Task groups wrap what their tasks raise."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in leaves(inner)]
+    return [error]
+
+
 def is_recoverable(error: BaseException) -> bool:
     """Whether asking again can help."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(is_recoverable, leaves(error)))
     if isinstance(error, SamplerRequestError):
         return error.recoverable
     if isinstance(error, (RecoverableRolloutError, RolloutTimeout, TimeoutError, ConnectionError)):
+        return True
+    if _CONTEXT_IS_FULL in str(error):
         return True
     status = http_status(error)
     if status is not None:
@@ -52,7 +74,7 @@ def is_recoverable(error: BaseException) -> bool:
 def is_ours(error: BaseException) -> bool:
     """A failure of the engine or of the model that reached the user through the rollout function: it ends the run
     under its own name, since the function is not to blame."""
-    return isinstance(error, (EngineError, ModelError))
+    return any(isinstance(leaf, (EngineError, ModelError)) for leaf in leaves(error))
 
 
 def users_traceback(error: BaseException) -> str:
@@ -62,6 +84,21 @@ def users_traceback(error: BaseException) -> str:
     while trace is not None and trace.tb_frame.f_code.co_filename.startswith(here):
         trace = trace.tb_next
     return "".join(traceback.format_exception(type(error), error, trace)).strip()
+
+
+def fatal(where: str, error: BaseException, *, budget_spent: bool) -> RolloutFailed:
+    """One message with the place in the data, the user's traceback, and what to do."""
+    if isinstance(error, RolloutContractError):
+        return RolloutFailed(
+            f"{where} returned a sample that cannot be trained:\n{error}\n"
+            "Mend the rollout function, or set rollout.on_error='drop' to go on without such samples."
+        )
+    hint = (
+        "rollout.error_budget is used up."
+        if budget_spent
+        else "Raise asyncrl.RecoverableRolloutError for what a second try can mend, or set rollout.on_error='drop'."
+    )
+    return RolloutFailed(f"{where} failed:\n{users_traceback(error)}\n{hint}")
 
 
 class FailurePolicy:
@@ -74,8 +111,8 @@ class FailurePolicy:
         self._forgiven = 0
 
     def judge(self, error: BaseException) -> Verdict:
-        if is_ours(error):
-            return Verdict.FATAL
+        if is_ours(error) or any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves(error)):
+            return Verdict.FATAL  # Ctrl-C reaches whatever runs, where no handler of ours is installed: in a notebook
         if is_recoverable(error):
             return Verdict.RETRY
         if self._drop_unknown and self._forgiven < self._budget:

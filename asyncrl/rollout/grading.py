@@ -1,6 +1,7 @@
 """What a finished group is worth: its advantages, or the verdict that it teaches nothing. Pure.
 
-A group carries signal when its rewards differ, or when a run brought advantages of its own that are not all 0.
+A group carries signal when its rewards differ, or those of its turns, or when a run brought advantages of its own that
+are not all 0.
 `Config.group_filter` puts the user's own judgement in the place of this rule.
 """
 
@@ -14,6 +15,7 @@ from itertools import compress
 from asyncrl.errors import ConfigError
 from asyncrl.functions import load_function
 from asyncrl.rollout.advantages import Advantage, advantage_function, ask, has_signal
+from asyncrl.rollout.turns import spread, turn_rewards
 from asyncrl.types import RolloutRun, RolloutSample
 
 GroupFilter = Callable[[list[float]], bool]
@@ -30,6 +32,7 @@ class Grader:
     advantage: Advantage
     group_filter: GroupFilter | None
     group_size: int
+    turn_discount: float
 
     def grade(self, runs: Sequence[RolloutRun]) -> list[float]:
         """One advantage per run; none at all when the group is filtered.
@@ -40,6 +43,14 @@ class Grader:
         rewards = [run.reward for run in runs]
         kept = self._carries_signal(runs, rewards) if self.group_filter is None else self._asked(rewards)
         return self.advantage(rewards) if kept else []
+
+    def spread(self, runs: Sequence[RolloutRun], advantages: Sequence[float]) -> Sequence[RolloutRun]:
+        """The same runs; what brought turn rewards has advantages per token. `advantages` are those of `grade`.
+
+        Raises:
+            ConfigError: the user's `advantage` failed, or returned something unusable.
+        """
+        return spread(runs, advantages, self.advantage, self.turn_discount) if advantages else runs
 
     def _asked(self, rewards: list[float]) -> bool:
         group_filter = self.group_filter
@@ -57,6 +68,8 @@ class Grader:
         compared = any(sample.advantages is None for sample in samples)
         if compared and (has_signal(rewards) or self.group_size == 1):
             return True
+        if (of_turns := turn_rewards(runs)) and has_signal(of_turns):
+            return True
         return any(map(_has_own_signal, samples))
 
 
@@ -64,7 +77,9 @@ def _has_own_signal(sample: RolloutSample) -> bool:
     return sample.advantages is not None and any(compress(sample.advantages, sample.loss_mask))
 
 
-def grader(advantage: str | Advantage, group_filter: str | GroupFilter | None, group_size: int) -> Grader:
+def grader(
+    advantage: str | Advantage, group_filter: str | GroupFilter | None, group_size: int, turn_discount: float
+) -> Grader:
     """From the settings of `Config`.
 
     Raises:
@@ -72,7 +87,7 @@ def grader(advantage: str | Advantage, group_filter: str | GroupFilter | None, g
     """
     if isinstance(group_filter, str):
         group_filter = load_function(group_filter, "group_filter")
-    return Grader(advantage_function(advantage), group_filter, group_size)
+    return Grader(advantage_function(advantage), group_filter, group_size, turn_discount)
 
 
 class SignalPatience:

@@ -307,7 +307,7 @@ class Scheduler:
 
     def _end(self, member: Member, run: RolloutRun | None) -> None:
         self.slots.release()
-        self.guests.admit()  # before the rollouts of this scheduler: they get the slots that an evaluation frees
+        self.guests.admit()
         self.finished_rollouts += 1
         self.counts.rollouts += 1
         self._end_member(member, run)
@@ -331,11 +331,19 @@ class Scheduler:
                 return None
             member.attempt += 1
             self.counts.retried += 1
-            await asyncio.sleep(self.failures.backoff_s(member.attempt))
-            self._watch(member)
 
     async def _attempt(self, member: Member) -> RolloutRun | None:
-        """One call of the user's function. None: it dropped the draw."""
+        """One call of the user's function, after a pause if it is not the first. None: it dropped the draw."""
+        try:
+            if member.attempt:
+                await asyncio.sleep(self.failures.backoff_s(member.attempt))
+                self._watch(member)
+            return await self._call(member)
+        except asyncio.CancelledError:
+            self._explain_cancellation(member)
+            raise
+
+    async def _call(self, member: Member) -> RolloutRun | None:
         group, draw = member.group, member.group.draw
         pinned = self.live_version() if self.settings.pin_version else None
         policy = self.make_policy(f"{group.sequence}-{member.index}-{member.attempt}", pinned)
@@ -349,9 +357,6 @@ class Scheduler:
         )
         try:
             result = await self.rollout(prompt)
-        except asyncio.CancelledError:
-            self._explain_cancellation(member)
-            raise
         finally:
             policy.close()
         if result is None:

@@ -58,8 +58,10 @@ def scoring_body(token_ids: Sequence[int], *, model: str | None, cache_salt: str
     return _body(token_ids, drawn, model, cache_salt)
 
 
-def next_token_bodies(token_ids: Sequence[int], *, model: str | None, cache_salt: str) -> list[dict[str, Any]]:
-    """The same scores by one request for each token [N - 1]: what would be drawn after the tokens before it?
+def next_token_bodies(
+    token_ids: Sequence[int], *, start: int, model: str | None, cache_salt: str
+) -> list[dict[str, Any]]:
+    """The same scores by one request for each token [N - start]: what would be drawn after the tokens before it?
 
     For adapters: `prompt_logprobs` of a request kills the engine when others run beside it (vLLM 0.32: the LoRA
     logits of the prompt are computed with the row mapping of the tokens that are drawn).
@@ -68,7 +70,7 @@ def next_token_bodies(token_ids: Sequence[int], *, model: str | None, cache_salt
     return [
         # Named twice: the server shows as many entries as there are names, and the drawn token comes first.
         _body(token_ids[:n], {**asked, "logprobs": 2, "logprob_token_ids": [token_ids[n]] * 2}, model, cache_salt)
-        for n in range(1, len(token_ids))
+        for n in range(start, len(token_ids))
     ]
 
 
@@ -133,15 +135,15 @@ def read_spans(spans: Sequence[Mapping[str, Any]] | None, count: int) -> list[in
     return versions
 
 
-def read_scores(answer: Mapping[str, Any], token_ids: Sequence[int]) -> list[float]:
-    """Log-probs [N - 1] of `token_ids[1:]` from an answer to `scoring_body`."""
+def read_scores(answer: Mapping[str, Any], token_ids: Sequence[int], start: int) -> list[float]:
+    """Log-probs [N - start] of `token_ids[start:]` from an answer to `scoring_body`."""
     entries = answer.get("prompt_logprobs") or []
     if len(entries) != len(token_ids):
         raise SamplerRequestError(
             f"vLLM scored {len(entries)} tokens of {len(token_ids)}: it does not answer prompt_logprobs here.",
             recoverable=False,
         )
-    return [entry[str(token)]["logprob"] for token, entry in zip(token_ids[1:], entries[1:], strict=True)]
+    return [entry[str(token)]["logprob"] for token, entry in zip(token_ids[start:], entries[start:], strict=True)]
 
 
 def refusal(where: str, status: int, text: str) -> SamplerRequestError:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -166,15 +166,17 @@ class TransformersSampler:
             if ticket.reply.cancelled():
                 self._worker.inbox.put(Cancel(ticket))
 
-    async def score(self, token_ids: Sequence[int], version: int) -> list[float]:
-        """Log-probs [N - 1] of `token_ids[1:]` under the weights of `version`, at temperature 1.
+    async def score(
+        self, token_ids: Sequence[int], version: int, *, start: int = 1, session: str | None = None
+    ) -> list[float]:
+        """Log-probs [N - start] of `token_ids[start:]` under the weights of `version`, at temperature 1.
 
         Raises:
             SamplerRequestError: the version is not loaded, or the answer took too long.
         """
         self._checked_ids(token_ids)
         reply: asyncio.Future[list[float]] = self._loop.create_future()
-        self._send(Score(token_ids, version, reply), reply)
+        self._send(Score(token_ids, start, version, reply), reply)
         try:
             async with asyncio.timeout(self._request_timeout_s):
                 return await reply
@@ -197,6 +199,16 @@ class TransformersSampler:
         done: asyncio.Future[None] = self._loop.create_future()
         self._send(Publish(model, done), done)
         await done
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[int]:
+        """Keep the newest version live while the block lasts. Of full weights that is one more copy in memory."""
+        assert self._versions is not None, "hold before the sampler was entered"
+        version = self._versions.hold()
+        try:
+            yield version
+        finally:
+            self._versions.release(version)
 
     async def load(self) -> Load:
         """How busy the sampler is, now. Only requests that find no row wait; the others join at the next step."""

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import aiohttp
 import anyio
@@ -161,37 +161,63 @@ class VllmSampler:
         self._check_pinned(request.version, completion.versions)
         return completion
 
-    async def score(self, token_ids: Sequence[int], version: int) -> list[float]:
-        """Log-probs [N - 1] of `token_ids[1:]` under the weights of `version`, at temperature 1.
+    async def score(
+        self, token_ids: Sequence[int], version: int, *, start: int = 1, session: str | None = None
+    ) -> list[float]:
+        """Log-probs [N - start] of `token_ids[start:]` under the weights of `version`, at temperature 1.
 
-        Every replica is asked. Raises `SamplerError` when they disagree: one of them holds other weights.
+        The replica of `session` is asked, and may use what that session left in its prefix cache. Without a session
+        every replica computes everything anew; `SamplerError` when they disagree: one of them holds other weights.
         """
-        return await self._limited("scoring", lambda: self._score(token_ids, version))
+        return await self._limited("scoring", lambda: self._score(token_ids, version, start, session))
 
-    async def _score(self, token_ids: Sequence[int], version: int) -> list[float]:
+    async def _score(self, token_ids: Sequence[int], version: int, start: int, session: str | None) -> list[float]:
         await self._passed_gate()
         self._room(len(token_ids))
         self._resolve(version)
         if self._lora:
             self._shelf.begin(version)
-            try:
-                scores = await on_each(self._endpoints, lambda end: self._score_adapter(end, token_ids, version))
-            finally:
+        try:
+            if session is not None:
+                return await self._score_in(session, token_ids, version, start)
+            ask = self._score_by_token if self._lora else self._score_by_prompt
+            salt = _fresh()
+            scores = await on_each(self._endpoints, lambda end: ask(end, token_ids, version, start, salt))
+        finally:
+            if self._lora:
                 self._shelf.end(version)
-        else:
-            scores = await on_each(self._endpoints, lambda end: self._score_full(end, token_ids, version))
         self._check_agreement(scores, version)
         return scores[0]
 
-    async def _score_full(self, end: Endpoint, token_ids: Sequence[int], version: int) -> list[float]:
-        answer = await end.post(GENERATE_PATH, scoring_body(token_ids, model=None, cache_salt=_fresh()), timeout_s=None)
-        self._check_pinned(version, read_spans(answer["choices"][0]["weight_versions"], 1))
-        return read_scores(answer, token_ids)
+    async def _score_in(self, session: str, token_ids: Sequence[int], version: int, start: int) -> list[float]:
+        """Token by token: what the session said before is in the cache, which prompt log-probs would not read."""
+        replica = self._router.begin(session)
+        try:
+            end, salt = self._endpoints[replica], f"{self._salt}-{version}"
+            return await self._score_by_token(end, token_ids, version, start, salt)
+        finally:
+            self._router.end(replica)
 
-    async def _score_adapter(self, end: Endpoint, token_ids: Sequence[int], version: int) -> list[float]:
-        bodies = next_token_bodies(token_ids, model=self._model(version), cache_salt=_fresh())
+    async def _score_by_prompt(
+        self, end: Endpoint, token_ids: Sequence[int], version: int, start: int, salt: str
+    ) -> list[float]:
+        answer = await end.post(GENERATE_PATH, scoring_body(token_ids, model=None, cache_salt=salt), timeout_s=None)
+        self._check_scored(answer, version)
+        return read_scores(answer, token_ids, start)
+
+    async def _score_by_token(
+        self, end: Endpoint, token_ids: Sequence[int], version: int, start: int, salt: str
+    ) -> list[float]:
+        bodies = next_token_bodies(token_ids, start=start, model=self._model(version), cache_salt=salt)
         answers = await all_of([partial(end.post, GENERATE_PATH, body, timeout_s=None) for body in bodies])
-        return [read_next_token(answer, token) for answer, token in zip(answers, token_ids[1:], strict=True)]
+        for answer in answers:
+            self._check_scored(answer, version)
+        return [read_next_token(answer, token) for answer, token in zip(answers, token_ids[start:], strict=True)]
+
+    def _check_scored(self, answer: Mapping[str, Any], version: int) -> None:
+        """An adapter is asked for by its name; full weights may have been replaced meanwhile."""
+        if not self._lora:
+            self._check_pinned(version, read_spans(answer["choices"][0]["weight_versions"], 1))
 
     async def publish(self, weights: Weights) -> None:
         """Make `weights` live on every replica. On return, new requests are drawn from them.
@@ -237,6 +263,19 @@ class VllmSampler:
             self._version, self._broken = version, None
         finally:
             self._gate.set()
+
+    @contextmanager
+    def hold(self) -> Iterator[int | None]:
+        """Keep the newest adapter loaded while the block lasts. None: full weights have one version at a time."""
+        if not self._lora:
+            yield None
+            return
+        version = self._shelf.newest
+        self._shelf.begin(version)
+        try:
+            yield version
+        finally:
+            self._shelf.end(version)
 
     async def load(self) -> Load:
         """How busy the replicas are, together."""
@@ -307,7 +346,7 @@ class VllmSampler:
 
 
 def _fresh() -> str:
-    """A salt that nobody used: not one token of a score may come from the prefix cache."""
+    """A salt that nobody used: not one token of a canary's score may come from the prefix cache."""
     return secrets.token_hex(16)
 
 

@@ -3,6 +3,7 @@
 config.toml        the settings as used; `asyncrl train` takes it again
 environment.json   machine, versions, git commit, command line
 metrics.jsonl      one record per optimizer step (docs/metrics.md)
+evaluations.jsonl  one record per evaluation
 rollouts.jsonl     some rollouts of each step, readable
 logs/              asyncrl.jsonl, and the log of each server
 model/             the final model or adapter (`export_name`)
@@ -55,6 +56,10 @@ class RunFolder:
         return self.root / "rollouts.jsonl"
 
     @property
+    def evaluations(self) -> Path:
+        return self.root / "evaluations.jsonl"
+
+    @property
     def logs(self) -> Path:
         """A folder."""
         return self.root / "logs"
@@ -101,7 +106,7 @@ class RunFolder:
 
         Results, and a config that is not ours; what a run leaves that failed before its first step may go.
         """
-        files = [self.metrics, self.rollouts, self.summary, self.model]
+        files = [self.metrics, self.rollouts, self.evaluations, self.summary, self.model]
         if not self.environment.exists():
             files.insert(0, self.config)
         return [file.name for file in files if file.exists() and file.stat().st_size]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +29,8 @@ class ScriptedSampler:
     """Answers from a script, after `latency_s(request)` seconds, with at most `capacity` answers at once.
     Prompt and answer together have at most `context_tokens`.
 
-    Every token has log-prob ln(1/2). A hot-load takes `publish_s`.
+    Every token has log-prob ln(1/2). A hot-load takes `publish_s`. The newest `keep_versions` can be asked for, and
+    those that are held; None: all. 1 is a sampler with one version at a time, which holds none.
     """
 
     wants: Literal["tensors", "files"] = "tensors"
@@ -40,8 +43,11 @@ class ScriptedSampler:
         publish_s: Callable[[], float] = lambda: 0.0,
         capacity: int | None = None,
         context_tokens: int | None = None,
+        keep_versions: int | None = None,
     ) -> None:
         self._script = script
+        self._keep_versions = keep_versions
+        self._held: Counter[int] = Counter()
         self._context_tokens = context_tokens
         self._latency_s = latency_s
         self._publish_s = publish_s
@@ -107,15 +113,32 @@ class ScriptedSampler:
             raise SamplerRequestError(
                 f"version {version} is not live yet; the newest is {self.version}.", recoverable=False
             )
+        kept = [0, *self.published][-self._keep_versions :] if self._keep_versions else None
+        if kept is not None and version is not None and version not in kept and not self._held[version]:
+            raise SamplerRequestError(f"version {version} is not live any more; there are {kept}.")
 
-    async def score(self, token_ids: Sequence[int], version: int) -> list[float]:
+    async def score(
+        self, token_ids: Sequence[int], version: int, *, start: int = 1, session: str | None = None
+    ) -> list[float]:
         self._check(token_ids[:1], version)
-        return [-math.log(2.0)] * (len(token_ids) - 1)
+        return [-math.log(2.0)] * (len(token_ids) - start)
 
     async def publish(self, weights: Weights) -> None:
         await asyncio.sleep(self._publish_s())
         self.version = weights.version
         self.published.append(weights.version)
+
+    @contextmanager
+    def hold(self) -> Iterator[int | None]:
+        if self._keep_versions == 1:
+            yield None
+            return
+        version = self.version
+        self._held[version] += 1
+        try:
+            yield version
+        finally:
+            self._held[version] -= 1
 
     async def load(self) -> Load:
         return Load(self._running, self._waiting, generated_tokens=self._generated)

@@ -47,11 +47,18 @@ CHAT_TEMPLATE = """\
 """ChatML with tools in the Hermes format, laid out as the Qwen models do."""
 
 
-def tiny_tokenizer(words: Sequence[str] = (), chat_template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(
+    words: Sequence[str] = (),
+    chat_template: str = CHAT_TEMPLATE,
+    *,
+    special: Sequence[str] = SPECIAL,
+    end_of_turn: str = END_OF_TURN,
+) -> PreTrainedTokenizerFast:
     """A tokenizer with one token per byte of UTF-8 (any text survives), the markup of chats, and `words`.
 
     Each of `words` becomes one token wherever it occurs, the longest first: markup that a task repeats then
-    costs one token and not fifty. Decoding gives the text back.
+    costs one token and not fifty. Decoding gives the text back. Of the `special` tokens the first one pads, and
+    `end_of_turn` ends a completion; other templates than the default one need others (`testing/templates.py`).
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -60,12 +67,12 @@ def tiny_tokenizer(words: Sequence[str] = (), chat_template: str = CHAT_TEMPLATE
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in (*MARKUP, *words)])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token=END_OF_TURN,
-        pad_token="<|endoftext|>",
+        eos_token=end_of_turn,
+        pad_token=special[0],
         clean_up_tokenization_spaces=False,
     )
     wrapped.chat_template = chat_template

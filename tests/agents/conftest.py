@@ -50,8 +50,10 @@ class Script:
             "stop" if stopped else "length",
         )
 
-    async def score(self, token_ids: Sequence[int], version: int) -> list[float]:
-        return [0.0] * (len(token_ids) - 1)
+    async def score(
+        self, token_ids: Sequence[int], version: int, *, start: int = 1, session: str | None = None
+    ) -> list[float]:
+        return [0.0] * (len(token_ids) - start)
 
     async def publish(self, weights: Weights) -> None: ...
 

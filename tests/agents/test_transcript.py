@@ -51,6 +51,17 @@ def test_what_branches_share_is_trained_in_the_first_of_them() -> None:
     Contract().check(transcript.rollout(1.0, {}), oldest=0, newest=0)
 
 
+def test_a_turn_that_goes_on_without_reading_anything_is_one_with_the_turn_before() -> None:
+    """As raw completions can ask for it: what they drew stands next to each other."""
+    transcript = Transcript()
+    begun = transcript.add(transcript.root, [1], said(11))
+    more = transcript.add(begun, [], said(12))
+    transcript.add(more, [2], said(13))
+    (sample,) = segments(transcript, turn_rewards=[0.5, 0.25, None])
+    assert (sample.loss_mask, sample.turn_rewards) == ([0, 1, 1, 0, 1], [0.75, None])
+    Contract().check(sample, oldest=0, newest=0)
+
+
 def test_turn_rewards_go_where_their_turns_are_trained() -> None:
     transcript = Transcript()
     trunk = transcript.add(transcript.root, [1], said(11))
@@ -58,6 +69,8 @@ def test_turn_rewards_go_where_their_turns_are_trained() -> None:
     transcript.add(trunk, [3], said(13))
     one, two = segments(transcript, turn_rewards=[0.1, 0.2, 0.3])
     assert (one.turn_rewards, two.turn_rewards) == ([0.1, 0.2], [0.3])
+    one, two = segments(transcript, turn_rewards=[None, None, 0.3])
+    assert (one.turn_rewards, two.turn_rewards) == ([None, None], [0.3])
     with pytest.raises(RolloutContractError, match="2 turn rewards, but the policy spoke 3 turns"):
         transcript.rollout(1.0, {}, [1.0, 2.0])
 

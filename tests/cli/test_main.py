@@ -12,7 +12,7 @@ import pytest
 
 from asyncrl.cli.main import main
 from asyncrl.errors import DataError, SamplerError
-from asyncrl.rollout.evaluation import EvalResult
+from asyncrl.rollout.estimate import EvalResult
 from asyncrl.storage.folder import RunFolder
 
 ROLLOUT = "async def rollout(prompt):\n    return None\n"
@@ -112,13 +112,28 @@ def test_eval_of_a_config(project: Path, calls: Calls, capsys: pytest.CaptureFix
     (project / "test.jsonl").write_text("{}\n")
     assert main(["eval", str(project / "run.toml"), "--dataset", str(project / "test.jsonl"), "--samples", "4"]) == 0
     (call,) = calls.seen
-    assert (call["dataset"], call["samples"], call["config"].model) == (str(project / "test.jsonl"), 4, "m")
+    config = call["config"]
+    assert (call["dataset"], config.evaluation.samples, config.model) == (str(project / "test.jsonl"), 4, "m")
     assert capsys.readouterr().out.splitlines() == [
-        "mean reward 0.5000 [0.0100, 0.9900] (95%, 8 rollouts)",
-        "pass@1 0.5000 [0.0100, 0.9900]",
-        "pass@2 0.7500 [0.2600, 1.0000]",
-        "pass@4 1.0000 [1.0000, 1.0000] (a pass is a reward of at least 1)",
+        "model: m",
+        f"rows: {project / 'test.jsonl'}",
+        "mean reward 0.500 [0.150, 0.850] (95%, 8 rollouts)",
+        "pass@1 0.500 [0.150, 0.850] (a pass is a reward of at least 1)",
+        "pass@2 0.750 [0.256, 0.963]",
+        "pass@4 1.000 [0.342, 1.000]",
     ]
+
+
+def test_eval_takes_the_held_out_rows_of_the_config(project: Path, calls: Calls) -> None:
+    """They are what nothing was trained on."""
+    (project / "held_out.jsonl").write_text("{}\n")
+    with (project / "run.toml").open("a") as config:
+        config.write('[evaluation]\ndataset = "held_out.jsonl"\nsamples = 2\n')
+    assert main(["eval", str(project / "run.toml")]) == 0
+    assert main(["train", str(project / "run.toml")]) == 0
+    assert calls.seen[0]["dataset"] == str(project / "held_out.jsonl")
+    assert (calls.seen[1]["dataset"], calls.seen[1]["config"].evaluation.samples) == (str(project / "rows.jsonl"), 2)
+    assert main(["train", str(project / "run.toml"), "--evaluation.dataset", "nowhere.jsonl"]) == 2
 
 
 def test_eval_of_a_run_folder_uses_its_model_and_config(project: Path, calls: Calls) -> None:

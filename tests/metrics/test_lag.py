@@ -1,12 +1,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 import structlog
 
 from asyncrl.data import Prompt
-from asyncrl.metrics.lag import LONG_S, WARN_EVERY_S, LagMeter, watch_lag
+from asyncrl.metrics import lag
+from asyncrl.metrics.lag import LONG_S, SLEEP_S, WARN_EVERY_S, LagMeter, _name_of, watch_lag
 from asyncrl.testing.clock import run_virtual
 from asyncrl.testing.fakes import CountingTrainer, ScriptedSampler
 from asyncrl.types import RolloutSample
@@ -36,17 +45,90 @@ def test_a_long_lag_is_warned_about_once_a_minute() -> None:
     assert meter.take() == 3 * LONG_S
 
 
-async def test_a_blocking_call_is_measured_and_the_warning_says_what_to_do() -> None:
+def blocking_tool() -> None:
+    time.sleep(0.5)
+
+
+async def watched(block: Callable[[], object]) -> tuple[LagMeter, list[Any]]:
+    """What the meter and the log say after `block` has run on the loop."""
     meter = LagMeter()
     with structlog.testing.capture_logs() as logs:
         watcher = asyncio.create_task(watch_lag(meter))
-        await asyncio.sleep(0)
-        time.sleep(0.5)  # noqa: ASYNC251 - the fault that is to be seen
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(2 * SLEEP_S)
+        block()
+        await asyncio.sleep(2 * SLEEP_S)
         watcher.cancel()
+    return meter, logs
+
+
+async def test_a_blocking_call_is_measured_and_the_warning_names_it_and_what_to_do() -> None:
+    meter, logs = await watched(blocking_tool)
     assert meter.take() > LONG_S
     assert [entry["log_level"] for entry in logs] == ["warning"]
+    line = blocking_tool.__code__.co_firstlineno + 1
+    assert re.search(rf"blocked for \d\.\d s by blocking_tool \(.*test_lag\.py:{line}\)", logs[0]["event"])
     assert "asyncrl.offload" in logs[0]["to_do"]
+
+
+async def test_a_loop_that_does_not_come_back_is_named_while_it_is_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lag, "STUCK_S", 0.3)
+    named = threading.Event()
+    monkeypatch.setattr(lag.log, "warning", lambda event, **more: named.set() if "is blocked for" in event else None)
+    blocked: list[bool] = []
+    await watched(lambda: blocked.append(named.wait(30)))
+    assert blocked == [True], "named while the loop could not run"
+
+
+async def test_of_several_that_block_one_after_the_other_the_longest_is_named() -> None:
+    def block() -> None:
+        time.sleep(0.35)
+        blocking_tool()
+        blocking_tool()
+
+    _, logs = await watched(block)
+    assert "by blocking_tool" in logs[0]["event"]
+
+
+async def test_the_line_that_is_named_is_the_users_even_when_a_library_computes() -> None:
+    def score() -> None:
+        json.loads(json.dumps(slow_numbers()))
+
+    def slow_numbers() -> list[int]:
+        sleep = [sys.executable, "-c", "import time; time.sleep(0.5)"]
+        subprocess.run(sleep, check=True, timeout=60, capture_output=True)
+        return [1]
+
+    _, logs = await watched(score)
+    assert "slow_numbers (" in logs[0]["event"]
+    assert "test_lag.py:" in logs[0]["event"]
+
+
+def test_a_loop_that_runs_nothing_is_not_blamed_on_who_started_it() -> None:
+    """The frames below the loop's belong to the script that called `asyncrl.train`."""
+    idle, seen = threading.Event(), []
+
+    async def main() -> None:
+        asyncio.get_running_loop().call_soon(idle.set)
+        await asyncio.sleep(0.5)
+
+    def look() -> None:
+        idle.wait(30)
+        time.sleep(0.1)
+        seen.append(_name_of(sys._current_frames()[threading.main_thread().ident or 0]))
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    asyncio.run(main())
+    looker.join(30)
+    assert seen == [""]
+
+
+async def test_the_watching_thread_ends_with_the_measuring() -> None:
+    before = threading.active_count()
+    await watched(lambda: None)
+    async with asyncio.timeout(30):
+        while threading.active_count() > before:  # noqa: ASYNC110 - a thread sets no event of the loop
+            await asyncio.sleep(0.01)
 
 
 def test_virtual_time_has_no_lag() -> None:

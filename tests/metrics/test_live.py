@@ -77,6 +77,19 @@ def test_panel_shows_what_the_run_does() -> None:
         assert said in text
 
 
+def test_panel_shows_evaluations_once_there_are_any() -> None:
+    view = LiveView("demo", 10, mode="quiet")
+    assert "held-out" not in drawn(view)
+    view.evaluated({"eval_version": 5.0, "eval_reward": 0.75, "eval_reward_low": 0.5, "eval_reward_high": 0.9})
+    assert "0.750 [0.500, 0.900] at step 5 " in drawn(view)
+    view.evaluated({"eval_version": 10.0, "eval_reward": 0.5, "eval_reward_low": None, "eval_reward_high": None})
+    view.gauges({"eval_version": 15, "eval_done": 12})
+    assert "0.500 at step 10, best 0.750 at step 5, measuring step 15: 12 rollouts" in drawn(view)
+    other = LiveView("demo", 10, mode="quiet")
+    other.evaluated({"eval_version": 5.0, "eval_accuracy": 0.75})
+    assert "evaluated at step 5" in drawn(other)
+
+
 def test_panel_before_the_first_step_and_without_an_end() -> None:
     view = LiveView("x", None, mode="quiet", clock=Clock())
     text = drawn(view)

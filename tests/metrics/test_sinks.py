@@ -28,6 +28,9 @@ class FakeRun:
     def log(self, values: dict[str, Any], step: int) -> None:
         self.logged.append((step, values))
 
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.axes = {name: step_metric}
+
     def finish(self) -> None:
         self.finished += 1
 
@@ -71,6 +74,24 @@ def test_trackers_get_the_config_and_each_record(tmp_path: Path, monkeypatch: py
     assert run.finished == 1
 
 
+def test_evaluations_have_a_file_and_an_axis_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation ends after later steps were logged; wandb would drop a step that goes back."""
+    wandb, trackio = fake_tracker(monkeypatch, "wandb"), fake_tracker(monkeypatch, "trackio")
+    sinks = open_sinks(["wandb", "trackio"], tmp_path, CONFIG)
+    found = {"eval_version": 3.0, "eval_reward": 0.25, "eval_reward_low": math.nan}
+    for step in (3, 4, 5):
+        sinks.write({"step": step})
+    sinks.evaluated(found)
+    sinks.close()
+    assert [step for step, _ in wandb[0].logged] == [3, 4, 5, 5]
+    assert wandb[0].axes == {"eval_*": "eval_version"}
+    assert [step for step, _ in trackio[0].logged] == [3, 4, 5, 3]
+    assert wandb[0].logged[-1][1]["eval_reward"] == trackio[0].logged[-1][1]["eval_reward"] == 0.25
+    (line,) = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    assert json.loads(line) == {**found, "eval_reward_low": None}
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 @pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])
 def test_a_missing_tracker_is_named_with_its_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str
@@ -101,6 +122,8 @@ def test_every_sink_is_closed_when_one_fails() -> None:
 
         def write(self, record: Mapping[str, float | int | str]) -> None: ...
 
+        def evaluated(self, record: Mapping[str, float | int | str]) -> None: ...
+
         def close(self) -> None:
             closed.append(self.name)
             if self.name == "b":
@@ -118,10 +141,12 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     sinks = open_sinks(["tensorboard"], tmp_path, CONFIG)
     for step in (1, 2):
         sinks.write({"step": step, "reward_mean": step / 4, "loss": math.nan, "note": "text"})
+    sinks.evaluated({"eval_version": 1.0, "eval_reward": 0.5})
     sinks.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert events.Tags()["scalars"] == ["reward_mean"]
+    assert events.Tags()["scalars"] == ["reward_mean", "eval_version", "eval_reward"]
+    assert [(event.step, event.value) for event in events.Scalars("eval_reward")] == [(1, 0.5)]
     assert [(event.step, event.value) for event in events.Scalars("reward_mean")] == [(1, 0.25), (2, 0.5)]
 
 

@@ -217,8 +217,8 @@ def make_rollout(setup: Any) -> Any:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rollout_fn": rollout, "evaluation_fn": print}, r"evaluation_fn is given, but there is no evaluation during"),
-        ({"rollout_fn": rollout, "evaluation_interval": 5}, r"evaluation_interval is given.*asyncrl\.evaluate"),
+        ({"rollout_fn": rollout, "rows": [{}], "evaluation_fn": print}, r"evaluation is <built-in.*an async function"),
+        ({"rollout_fn": rollout, "rows": [{}], "evaluation_interval": 5}, r"evaluation_interval is 5, but .* nothing"),
         ({}, "found neither of rollout_fn_factory and rollout_fn"),
         ({"rollout_fn": rollout, "rollout_fn_factory": make_rollout}, "found both of rollout_fn_factory"),
         ({"rollout_fn": rollout, "rollout_extras": {"judge": 1}}, r"rollout_extras are for a factory"),
@@ -418,3 +418,26 @@ def test_async_rl_loop_with_a_factory_its_extras_and_a_filter(model: Path, tmp_p
     assert result.worst_staleness <= 2
     assert not result.model_dir.exists()
     assert re.search(r'group_filter = ".*:.*keep"', (result.run_dir / "config.toml").read_text(encoding="utf-8"))
+
+
+def test_an_evaluation_function_measures_versions_beside_training(model: Path, tmp_path: Path) -> None:
+    async def evaluation_fn(evaluation: Any) -> dict[str, float]:
+        found = await evaluation.rollouts(ROWS[:4], samples=2)
+        return {"reward": found.mean, "twice": 2.0 * evaluation.version}
+
+    config = async_rl_loop.Config(
+        base_model=str(model), log_path=tmp_path / "run", save_final_checkpoint=False, **SMALL
+    )
+    result = async_rl_loop.main(
+        config, rollout_fn=rollout, rows=ROWS, evaluation_fn=evaluation_fn, evaluation_interval=2
+    )
+    lines = [json.loads(line) for line in (result.run_dir / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["eval_version"] for line in lines] == [found.version for found in result.evaluations]
+    assert {0, result.steps} <= {line["eval_version"] for line in lines}
+    assert all(line["eval_twice"] == 2 * line["eval_version"] and line["eval_reward"] >= 0 for line in lines)
+
+
+def test_an_interval_is_given_once(tmp_path: Path) -> None:
+    both = recipe(engine={"evaluation": {"interval": 3, "dataset": "test.jsonl"}})
+    with pytest.raises(ConfigError, match=r"engine sets evaluation\.interval, which is evaluation_interval of main"):
+        async_rl_loop.main(both, rollout_fn=rollout, rows=ROWS, evaluation_interval=2)

@@ -31,34 +31,34 @@ def run(reward: float, *advantages: list[float] | None) -> RolloutRun:
 
 class TestSignal:
     def test_rewards_that_differ(self) -> None:
-        by_mean = grader("dr_grpo", None, 2)
+        by_mean = grader("dr_grpo", None, 2, 0.95)
         assert by_mean.grade([run(0.0, None), run(1.0, None)]) == [-0.5, 0.5]
         assert by_mean.grade([run(1.0, None), run(1.0, None)]) == []
 
     def test_a_group_of_one_cannot_differ_and_is_trained(self) -> None:
-        assert grader("reinforce", None, 1).grade([run(1.0, None)]) == [1.0]
+        assert grader("reinforce", None, 1, 0.95).grade([run(1.0, None)]) == [1.0]
 
     def test_advantages_of_its_own_are_signal_whatever_the_rewards(self) -> None:
-        by_mean = grader("dr_grpo", None, 2)
+        by_mean = grader("dr_grpo", None, 2, 0.95)
         assert by_mean.grade([run(1.0, [0.0, 0.5, 0.0]), run(1.0, None)]) == [0.0, 0.0]
         assert by_mean.grade([run(1.0, None, [0.0, 0.0, -2.0]), run(1.0, None)]) == [0.0, 0.0]
 
     def test_advantages_that_are_all_zero_are_none(self) -> None:
-        by_mean = grader("dr_grpo", None, 2)
+        by_mean = grader("dr_grpo", None, 2, 0.95)
         assert by_mean.grade([run(1.0, [0.0, 0.0, 0.0]), run(1.0, [0.0, 0.0, 0.0])]) == []
         assert by_mean.grade([run(1.0, [7.0, 0.0, 0.0]), run(1.0, [0.0, 0.0, 0.0])]) == [], "7 is masked"
 
     def test_rewards_that_nothing_is_trained_on_are_no_signal(self) -> None:
         silent = [0.0, 0.0, 0.0]
-        assert grader("dr_grpo", None, 2).grade([run(0.0, silent), run(1.0, silent)]) == []
-        assert grader("dr_grpo", None, 2).grade([run(0.0, silent), run(1.0, None)]) == [-0.5, 0.5]
+        assert grader("dr_grpo", None, 2, 0.95).grade([run(0.0, silent), run(1.0, silent)]) == []
+        assert grader("dr_grpo", None, 2, 0.95).grade([run(0.0, silent), run(1.0, None)]) == [-0.5, 0.5]
 
     def test_a_filter_has_the_last_word(self) -> None:
         np = pytest.importorskip("numpy")
-        hard_ones = grader("dr_grpo", lambda rewards: max(rewards) < 0.9, 2)
+        hard_ones = grader("dr_grpo", lambda rewards: max(rewards) < 0.9, 2, 0.95)
         assert hard_ones.grade([run(0.5, None), run(0.5, None)]) == [0.0, 0.0]
         assert hard_ones.grade([run(0.0, None), run(1.0, None)]) == []
-        spread = grader("dr_grpo", lambda rewards: np.std(rewards) > 0.1, 2)
+        spread = grader("dr_grpo", lambda rewards: np.std(rewards) > 0.1, 2, 0.95)
         assert spread.grade([run(0.0, None), run(1.0, None)]) == [-0.5, 0.5]
 
     def test_a_filter_cannot_change_the_rewards(self) -> None:
@@ -66,7 +66,7 @@ class TestSignal:
             rewards.sort()
             return True
 
-        assert grader("dr_grpo", sorting, 2).grade([run(1.0, None), run(0.0, None)]) == [0.5, -0.5]
+        assert grader("dr_grpo", sorting, 2, 0.95).grade([run(1.0, None), run(0.0, None)]) == [0.5, -0.5]
 
     @pytest.mark.parametrize(
         ("settings", "message"),

@@ -140,6 +140,18 @@ async def score_is_at_temperature_one(subject: Subject) -> None:
     assert max(abs(a - b) for a, b in zip(scores, truth, strict=True)) < TOLERANCE
 
 
+async def score_of_the_last_tokens(subject: Subject) -> None:
+    """The answer of a session that has spoken before, and the same without one; then its last token alone."""
+    completion = await draw(subject, subject.prompt, session="scored")
+    tokens, version = [*subject.prompt, *completion.tokens], subject.sampler.version
+    truth = subject.truth(tokens, version, 1.0)
+    for start in (len(subject.prompt), len(tokens) - 1):
+        for session in ("scored", None):
+            scores = await subject.sampler.score(tokens, version, start=start, session=session)
+            assert len(scores) == len(tokens) - start
+            assert max(abs(a - b) for a, b in zip(scores, truth[start - 1 :], strict=True)) < TOLERANCE
+
+
 async def requests_do_not_mix(subject: Subject) -> None:
     prompts = [[*subject.prompt[index:], *subject.prompt[:index]] for index in range(8)]
     drawn = await asyncio.gather(
@@ -222,6 +234,20 @@ async def older_version_can_be_pinned(subject: Subject) -> None:
         assert error(subject, subject.prompt, completion, version) < TOLERANCE
 
 
+async def held_version_outlives_those_that_are_kept(subject: Subject) -> None:
+    """As an evaluation needs it. Where one version at a time is live, the sampler says so."""
+    with subject.sampler.hold() as held:
+        if held is None:
+            assert not subject.keeps_versions
+            return
+        assert held == subject.sampler.version
+        for _ in range(8):
+            newest = await publish_next(subject)
+        drawn = await asyncio.gather(*(draw(subject, subject.prompt, version=version) for version in (held, None)))
+        assert [set(completion.versions) for completion in drawn] == [{held}, {newest}]
+        assert error(subject, subject.prompt, drawn[0], held) < TOLERANCE
+
+
 async def every_token_knows_its_version_while_publishing(subject: Subject) -> None:
     """Long completions, and two hot-loads while they are drawn."""
     before = subject.sampler.version
@@ -250,6 +276,7 @@ CHECKS: tuple[Check, ...] = (
     logprobs_are_those_of_the_behaviour_policy,
     logprobs_are_those_of_the_truncated_policy,
     score_is_at_temperature_one,
+    score_of_the_last_tokens,
     requests_do_not_mix,
     cancelling_frees_the_place,
     load_counts_what_was_drawn,
@@ -258,5 +285,6 @@ CHECKS: tuple[Check, ...] = (
     version_that_is_not_live_is_refused,
     published_weights_are_used,
     older_version_can_be_pinned,
+    held_version_outlives_those_that_are_kept,
     every_token_knows_its_version_while_publishing,
 )

@@ -85,9 +85,10 @@ def test_tokens_and_logprobs_must_match(changes: dict[str, Any]) -> None:
 
 def test_scores_are_those_of_the_prompt_tokens() -> None:
     entries = [None, {"6": {"logprob": -0.5}, "9": {"logprob": -0.1}}, {"7": {"logprob": -1.5}}]
-    assert read_scores({"prompt_logprobs": entries}, [5, 6, 7]) == [-0.5, -1.5]
+    assert read_scores({"prompt_logprobs": entries}, [5, 6, 7], 1) == [-0.5, -1.5]
+    assert read_scores({"prompt_logprobs": entries}, [5, 6, 7], 2) == [-1.5]
     with pytest.raises(SamplerRequestError, match="scored 0 tokens of 3"):
-        read_scores({"prompt_logprobs": None}, [5, 6, 7])
+        read_scores({"prompt_logprobs": None}, [5, 6, 7], 1)
 
 
 @pytest.mark.parametrize(("status", "recoverable"), [(400, False), (404, False), (408, True), (429, True), (503, True)])

@@ -7,7 +7,8 @@ own, so that an adapter costs no more memory than the modules it touches, and no
 - LoRA in float32: merged, W + scale B A, which decodes at the speed of the base model.
 - LoRA in less: beside W, because W + scale B A would round small updates away (arXiv 2106.09685 for the notation).
 
-`prepare` may run on any thread while the others are decoded; `add` and `retire` belong to the worker.
+`prepare`, `hold` and `release` may be called on any thread while the others are decoded; `add` and `retire` belong to
+the worker.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import contextlib
 import copy
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -59,10 +62,12 @@ class LiveModel:
         logits: Tensor = output.logits
         return logits[:, -1]
 
-    def logprobs(self, ids: Tensor) -> Tensor:
-        """`ids` [N] -> [N - 1] float32 log-probs of all but the first, at temperature 1."""
-        logits: Tensor = self.module(input_ids=ids[None], use_cache=False).logits[0, :-1]  # [N - 1, V]
-        return logits.float().log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+    def logprobs(self, ids: Tensor, start: int) -> Tensor:
+        """`ids` [N] -> [N - start] float32 log-probs of those from `start` on, at temperature 1."""
+        last = len(ids) - start + 1
+        options = {**self.options, "logits_to_keep": last} if "logits_to_keep" in self.options else self.options
+        logits: Tensor = self.module(input_ids=ids[None], use_cache=False, **options).logits[0, -last:-1]
+        return logits.float().log_softmax(-1).gather(-1, ids[start:, None])[:, 0]  # from logits [N - start, V]
 
 
 def load_base(model: str, *, device: torch.device, dtype: torch.dtype) -> LiveModel:
@@ -107,6 +112,8 @@ class ModelVersions:
         self._keep = keep
         self._lora_scale = lora_scale
         self._live = {base.version: base}
+        self._held: Counter[int] = Counter()
+        self._lock = Lock()  # between what is held and what is retired
 
     def get(self, version: int) -> LiveModel | None:
         return self._live.get(version)
@@ -143,10 +150,23 @@ class ModelVersions:
         self._live[model.version] = model
         self.newest = model.version
 
+    def hold(self) -> int:
+        """The newest version, which stays until `release`."""
+        with self._lock:
+            self._held[self.newest] += 1
+            return self.newest
+
+    def release(self, version: int) -> None:
+        """It goes when versions are retired the next time."""
+        with self._lock:
+            self._held[version] -= 1
+
     def retire(self, in_use: set[int]) -> None:
-        """Let go of all but the newest `keep` versions and those in use."""
-        kept = {*self.loaded()[-self._keep :], self.newest, *in_use}
-        self._live = {version: model for version, model in self._live.items() if version in kept}
+        """Let go of all but the newest `keep` versions, those in use and those that are held."""
+        with self._lock:
+            self._held = +self._held
+            kept = {*self.loaded()[-self._keep :], self.newest, *in_use, *self._held}
+            self._live = {version: model for version, model in self._live.items() if version in kept}
 
 
 def _shared_copy(module: nn.Module) -> nn.Module:

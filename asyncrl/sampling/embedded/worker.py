@@ -76,6 +76,7 @@ class Publish:
 @dataclass(frozen=True, slots=True)
 class Score:
     token_ids: Sequence[int]
+    start: int
     version: int
     reply: Future[list[float]]
 
@@ -186,7 +187,7 @@ class Worker:
             if model is None:
                 self._replies.append(Reply(job.reply, error=self._not_loaded(job.version)))
             else:
-                logprobs = model.logprobs(torch.tensor(job.token_ids, device=model.device))
+                logprobs = model.logprobs(torch.tensor(job.token_ids, device=model.device), job.start)
                 self._replies.append(Reply(job.reply, logprobs.tolist()))
             self._scores.popleft()
 

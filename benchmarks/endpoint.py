@@ -2,9 +2,9 @@
 
     python benchmarks/endpoint.py [--turns 100] [--rollouts 20]
 
-Client, server and sampler share one core here, and the client is the larger part: its share is shown by the column
-`bare`, the same requests posted without a client library. Then one conversation of many turns: milliseconds and newly
-rendered tokens by turn. What is tokenised is what is new; the JSON of the history is the client's to send.
+Client, server and sampler share one core here, and the client is the larger part: `bare` posts the same requests
+without a client library, so it shows what is the endpoint's. Then one conversation of many turns: milliseconds and new
+tokens by turn. What is tokenised is what is new; the JSON of the history is the client's to send.
 """
 
 from __future__ import annotations
@@ -132,9 +132,8 @@ async def measure(turns: int, rollouts: int) -> None:
             print(f"| {name} | {typical:.2f} | {typical - base:+.2f} |", flush=True)
 
         columns = sorted({1, max(turns // 10, 1), turns // 2, turns})
-        print(
-            f"\n| one conversation of {turns} turns: ms (new tokens) at turn | {' | '.join(map(str, columns))} | all, s |"
-        )
+        head = f"one conversation of {turns} turns: ms (new tokens) at turn"
+        print(f"\n| {head} | {' | '.join(map(str, columns))} | all, s |")
         print("|---|" + "---|" * (len(columns) + 1))
         for name in names:
             seconds, tokens = await converse(begin(name, rollouts), turns, rendered)

@@ -148,6 +148,11 @@ def learn(folder: Path, seed: int, steps: int) -> asyncrl.TrainResult:
     )
 
 
+def interval(crossed: asyncrl.EvalResult | None) -> str:
+    assert crossed is not None
+    return f"{crossed.mean:.3f} [{crossed.ci_low:.3f}, {crossed.ci_high:.3f}]"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
@@ -156,12 +161,10 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         result = learn(Path(folder), options.seed, options.steps)
-    assert result.before is not None
-    assert result.after is not None
     print("| seed | crossed before | crossed after | steps | training, s | with warm start, s |")
     print("|---|---|---|---|---|---|")
     print(
-        f"| {options.seed} | {result.before.mean:.3f} | {result.after.mean:.3f} | {result.steps} "
+        f"| {options.seed} | {interval(result.before)} | {interval(result.after)} | {result.steps} "
         f"| {result.wall_s:.0f} | {time.monotonic() - began:.0f} |"
     )
 

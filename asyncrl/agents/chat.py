@@ -131,7 +131,7 @@ class Chat:
         twin._tool_seconds = list(self._tool_seconds)
         return twin
 
-    def sample(self, reward: float, *, turn_rewards: Sequence[float] | None = None, **info: Any) -> Rollout:
+    def sample(self, reward: float, *, turn_rewards: Sequence[float | None] | None = None, **info: Any) -> Rollout:
         """What the rollout function returns: the tokens as they were, only the model's own trained.
 
         One sequence; a `RolloutRun` of several where the conversation forked. `turn_rewards`: one for each turn of the

@@ -92,13 +92,13 @@ class Conversation:
             ModelError: the chat template cannot render the messages.
             SamplerRequestError: the sampler refused or lost this request.
         """
-        place = self.locate(messages, tools)
+        trail = _Trail(messages, tools) if self._history != "render" else None
+        place = self._locate(messages, tools, trail)
         drawn = await self.draw_at(place, tools, max_tokens=max_tokens, stop_token_ids=stop_token_ids, stop=stop)
         drawn = replace(drawn, message=_for_programs(drawn))
-        said = [*messages, drawn.message]
-        drawn.node.messages = said
-        if self._history != "render":
-            self._known[_keys(said, tools)[-1]] = drawn.node
+        drawn.node.messages = [*messages, drawn.message]
+        if trail is not None:
+            self._known[trail.extend(drawn.message)] = drawn.node
         return drawn
 
     async def draw_tokens(
@@ -151,14 +151,14 @@ class Conversation:
 
     # Places
 
-    def locate(self, messages: Sequence[Message], tools: Sequence[Message]) -> Place:
+    def _locate(self, messages: Sequence[Message], tools: Sequence[Message], trail: _Trail | None) -> Place:
         """The place where these messages, a whole history, are answered."""
         if not messages or messages[-1]["role"] == "assistant":
             raise RolloutContractError(
                 "there is nothing to answer: the messages are empty or end with the assistant's own. "
                 "Expected a user's or a tool's message at the end."
             )
-        place = self._by_messages(messages, tools) if self._history != "render" else None
+        place = self._by_messages(messages, tools, trail.keys) if trail is not None else None
         return place if place is not None else self._by_text(messages, tools)
 
     def after(
@@ -173,9 +173,10 @@ class Conversation:
                 return Place(node, context)
         return self._by_text(messages, tools)
 
-    def _by_messages(self, messages: Sequence[Message], tools: Sequence[Message]) -> Place | None:
+    def _by_messages(
+        self, messages: Sequence[Message], tools: Sequence[Message], keys: Sequence[bytes]
+    ) -> Place | None:
         """The longest history that is known by its messages. None: the template cannot go on from it."""
-        keys = _keys(messages, tools)
         for count in range(len(messages) - 1, 0, -1):
             node = self._known.get(keys[count - 1])
             if node is not None:
@@ -300,17 +301,23 @@ def _as_function(call: ToolCall | MalformedCall) -> dict[str, Any]:
     return {"name": call.name, "arguments": call.arguments}
 
 
-def _keys(messages: Sequence[Message], tools: Sequence[Message]) -> list[bytes]:
-    """For each message, a key of the history up to it. What clients lose or invent is left out: ids, thoughts."""
-    digest = blake2b(_canonical(tools), digest_size=16)
-    keys = []
-    for message in messages:
+class _Trail:
+    """A key for the history up to each message. What clients lose or invent is left out: ids, thoughts."""
+
+    def __init__(self, messages: Sequence[Message], tools: Sequence[Message]) -> None:
+        self._digest = blake2b(_canonical(tools), digest_size=16)
+        self.keys = [self.extend(message) for message in messages]
+
+    def extend(self, message: Message) -> bytes:
+        """The key of the history that goes on with this message."""
         said = normalise(message)
         calls = [(call["function"]["name"], call["function"]["arguments"]) for call in said.get("tool_calls") or ()]
-        digest.update(_canonical([said["role"], (said.get("content") or "").strip(), calls]))
-        keys.append(digest.digest())
-    return keys
+        self._digest.update(_canonical([said["role"], (said.get("content") or "").strip(), calls]))
+        return self._digest.digest()
 
 
 def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()
+    return _canonical_json(value).encode()
+
+
+_canonical_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=str).encode

@@ -14,10 +14,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+import anyio
+
 from asyncrl.agents.policy import Policy, Scored
-from asyncrl.errors import RolloutContractError
+from asyncrl.errors import RolloutContractError, first_failure
 from asyncrl.rollout.turns import turns
 from asyncrl.types import Rollout, RolloutRun, RolloutSample
+
+ROUNDS = 3
+"""Hot-loads that come faster than a few one-token requests are answered are rare; then weights are mixed after all."""
 
 
 async def with_information_gain(policy: Policy, rollout: Rollout, answer: str, prefix: str = "") -> Rollout:
@@ -43,8 +48,8 @@ async def _with_gain(policy: Policy, sample: RolloutSample, answer: str, prefix:
 async def information_gain(policy: Policy, sample: RolloutSample, answer: str, prefix: str = "") -> list[float | None]:
     """The gain of each turn of a sample, in nats per token of the answer. Arguments as of `with_information_gain`.
 
-    None for the last turn, and where the answer does not fit into `max_seq_len`. All places are scored by the same
-    weights, those that the rollout is pinned to or the newest, so that nothing but the turn is between two of them.
+    None for the last turn, and where the answer does not fit into `max_seq_len`. All places are scored at once and by
+    the same weights, those that the rollout is pinned to or the newest: nothing but the turn is between two of them.
 
     Raises:
         RolloutContractError: the answer is empty.
@@ -56,17 +61,29 @@ async def information_gain(policy: Policy, sample: RolloutSample, answer: str, p
     if len(fitting) < 2:
         return [None] * len(places)
     tokens = [int(token) for token in sample.tokens]
-    likely: dict[int, Scored] = {}
-    # One after the other: each finds what the one before it left in the prefix cache. Those that newer weights have
-    # overtaken are asked again.
-    while asked := [place for place in fitting if place not in likely]:
-        for place in asked:
-            likely[place] = await policy.score([*tokens[:place], *said], place + unscored)
-        newest = max(scored.version for scored in likely.values())
-        likely = {place: scored for place, scored in likely.items() if scored.version == newest}
-    means = [sum(likely[place].logprobs) / len(likely[place].logprobs) for place in fitting]
+    scored = await _by_the_same_weights(policy, {place: [*tokens[:place], *said] for place in fitting}, unscored)
+    means = [sum(scored[place].logprobs) / len(scored[place].logprobs) for place in fitting]
     gains = [after - before for before, after in pairwise(means)]
     return [*gains, *[None] * (len(places) - len(gains))]
+
+
+async def _by_the_same_weights(policy: Policy, asked: dict[int, list[int]], unscored: int) -> dict[int, Scored]:
+    """What the policy says of the tokens at each place. What a hot-load overtakes is asked again, `ROUNDS` times."""
+    scored: dict[int, Scored] = {}
+
+    async def ask(place: int) -> None:
+        scored[place] = await policy.score(asked[place], place + unscored)
+
+    for _ in range(ROUNDS):
+        newest = max((found.version for found in scored.values()), default=None)
+        old = [place for place in asked if place not in scored or scored[place].version != newest]
+        try:
+            async with anyio.create_task_group() as group:
+                for place in old:
+                    group.start_soon(ask, place)
+        except BaseExceptionGroup as failures:
+            raise first_failure(failures) from None
+    return scored
 
 
 def _answer_tokens(policy: Policy, answer: str, prefix: str) -> tuple[list[int], int]:

@@ -243,7 +243,9 @@ class Policy:
             self._captured = Conversation(self, history=settings.history, realign_tokens=settings.realign_tokens)
         return self._captured
 
-    def captured_run(self, reward: float, *, turn_rewards: Sequence[float] | None = None, **info: Any) -> Rollout:
+    def captured_run(
+        self, reward: float, *, turn_rewards: Sequence[float | None] | None = None, **info: Any
+    ) -> Rollout:
         """What the rollout function returns after an agent program has used the endpoint.
 
         Exact to the token; conversations beside each other (sub-agents, branches, a rewritten history) become segments

@@ -51,7 +51,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("time_s", "progress", "s", "Since the run began."),
     Metric("reward_mean", "reward", "1", "Before filtering: over every rollout of the groups that finished."),
     Metric("reward_trained_mean", "reward", "1", "After filtering: over the rollouts that were trained."),
-    Metric("turn_reward_mean", "reward", "1", "Over the trained turns that have a reward of their own, where there are."),
+    Metric("turn_reward_mean", "reward", "1", "Over the trained turns that have a reward of their own."),
     Metric("groups_trained", "groups", "groups", "In this step's batch."),
     Metric("groups_filtered", "groups", "groups", "All rewards equal: no signal, not trained."),
     Metric("groups_rejected", "groups", "groups", "Fewer than `rollout.min_group_size` members survived."),

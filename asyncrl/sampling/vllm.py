@@ -24,6 +24,7 @@ import structlog
 
 from asyncrl.config import Config
 from asyncrl.errors import SamplerError, SamplerRequestError
+from asyncrl.open_files import raise_open_files_limit
 from asyncrl.sampling.connect import connect
 from asyncrl.sampling.endpoint import Endpoint, all_of, on_each
 from asyncrl.sampling.launch import plan
@@ -52,8 +53,6 @@ KEEP_ALIVE_S = 4.0
 
 REPLICA_TOLERANCE = 0.25
 """Replicas that hold the same weights differ by rounding alone; bfloat16 kernels round by up to this much."""
-
-OPEN_FILES = 65536
 
 
 class VllmSampler:
@@ -98,7 +97,7 @@ class VllmSampler:
         return [endpoint.server for endpoint in self._endpoints if endpoint.server is not None]
 
     async def __aenter__(self) -> VllmSampler:
-        _raise_open_files_limit()
+        raise_open_files_limit()
         async with AsyncExitStack() as stack:
             key = os.environ.get("VLLM_API_KEY")
             http = aiohttp.ClientSession(
@@ -353,15 +352,3 @@ def _fresh() -> str:
 def _absolute(folder: Path) -> str:
     """A server has a working directory of its own."""
     return str(folder.absolute())
-
-
-def _raise_open_files_limit() -> None:
-    """Each request in flight holds a connection; the usual soft limit is 1,024 open files. Servers inherit it."""
-    try:
-        import resource
-    except ImportError:  # not POSIX
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

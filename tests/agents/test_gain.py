@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from asyncrl.agents.gain import information_gain, with_information_gain
+from asyncrl.agents.gain import ROUNDS, information_gain, with_information_gain
 from asyncrl.agents.policy import Policy, PolicyContext
 from asyncrl.errors import RolloutContractError, SamplerRequestError
 from asyncrl.testing.fakes import ScriptedSampler
@@ -106,19 +106,38 @@ async def test_where_the_answer_does_not_fit_there_is_no_gain(tokenizer: Any) ->
     assert await information_gain(policy_of(oracle, tokenizer, max_seq_len=7), sample(MASK), "42") == [None] * 3
 
 
+class Hurried(Oracle):
+    """A hot-load comes right behind each answer, as long as there are some: the next answer is of newer weights."""
+
+    hot_loads = 1
+
+    async def score(self, token_ids: Sequence[int], version: int, **more: Any) -> list[float]:
+        found = await super().score(token_ids, version, **more)
+        self.version = min(self.version + 1, self.hot_loads)
+        return found
+
+
 async def test_all_places_are_scored_by_the_same_weights(tokenizer: Any) -> None:
-    """A hot-load comes between the first and the second score: the first is asked again."""
-
-    class Hurried(Oracle):
-        async def score(self, token_ids: Sequence[int], version: int, **more: Any) -> list[float]:
-            found = await super().score(token_ids, version, **more)
-            if len(self.asked) == 1:
-                await self.publish(Weights(1, adapter=False))
-            return found
-
     oracle = Hurried(lambda context, version: -100.0 * version - len(context))
     assert await information_gain(policy_of(oracle, tokenizer), sample(MASK), "42") == [-3.0, -3.0, None]
-    assert [(len(context), version) for context, _, version, _ in oracle.asked] == [(2, 0), (5, 1), (8, 1), (2, 1)]
+    asked = [(len(context), version) for context, _, version, _ in oracle.asked]
+    assert asked == [(2, 0), (5, 1), (8, 1), (2, 1)]
+
+
+async def test_hot_loads_without_end_do_not_hold_a_rollout_up(tokenizer: Any) -> None:
+    oracle = Hurried(lambda context, version: -1.0)
+    oracle.hot_loads = 1000
+    assert await information_gain(policy_of(oracle, tokenizer), sample(MASK), "42") == [0.0, 0.0, None]
+    assert len(oracle.asked) == 3 + 2 * (ROUNDS - 1)
+
+
+async def test_the_first_failure_comes_out_by_itself(tokenizer: Any) -> None:
+    class Lost(Oracle):
+        async def score(self, token_ids: Sequence[int], version: int, **more: Any) -> list[float]:
+            raise SamplerRequestError("lost on the way")
+
+    with pytest.raises(SamplerRequestError, match="lost on the way"):
+        await information_gain(policy_of(Lost(lambda c, v: 0.0), tokenizer), sample(MASK), "42")
 
 
 async def test_a_score_that_newer_weights_overtake_is_asked_again(tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -58,11 +59,14 @@ async def test_what_fails_says_so_in_short() -> None:
     assert str(outcome).endswith("ZeroDivisionError: division by zero\n[exit code 1]")
     assert str(await run_python("import os; os.abort()")) == "[ended by SIGABRT]"
     assert str(await run_python("pass")) == "[no output]"
+    assert "EOFError" in (await run_python("input()")).stderr
     assert "null bytes" in (await run_python("print(1)\0")).stderr
 
 
-async def test_a_program_that_never_ends_is_ended_and_what_it_said_is_kept() -> None:
-    outcome = await run_python("print('begun')\nwhile True: pass", timeout_s=0.5)
+@pytest.mark.parametrize("never", ["while True: pass", "import time; time.sleep(1000)"])
+async def test_a_program_that_never_ends_is_ended_and_what_it_said_is_kept(never: str) -> None:
+    with anyio.fail_after(60):
+        outcome = await run_python(f"print('begun')\n{never}", timeout_s=0.5)
     assert outcome.timed_out
     assert not outcome.ok
     assert str(outcome) == "begun\n[ended: it took too long]"
@@ -113,6 +117,12 @@ async def test_what_is_outside_cannot_be_reached(code: str) -> None:
     outcome = await run_python(code)
     assert "PermissionError" in outcome.stderr
     assert outcome.exit_code == 1
+
+
+async def test_ways_around_the_usual_calls_are_shut_too() -> None:
+    call = "import ctypes; libc = ctypes.CDLL(None, use_errno=True); print(libc.syscall({}, 0, 0), ctypes.get_errno())"
+    assert str(await run_python(call.format(435))) == f"-1 {errno.ENOSYS}"  # clone3, whose flags cannot be read
+    assert str(await run_python(call.format(425))) == f"-1 {errno.EPERM}"  # io_uring_setup
 
 
 async def test_the_environment_is_empty_and_root_has_no_rights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -370,3 +370,13 @@ def test_a_style_that_is_known_is_read_here_call_by_call() -> None:
     tokenizer.response_template = RESPONSES
     calls = TurnTemplate(tokenizer).read('<tool_call>{</tool_call><tool_call>{"name": "f"}</tool_call>').calls
     assert [type(call) for call in calls] == [MalformedCall, ToolCall]
+
+
+def test_a_history_with_several_calls_is_told_one_by_one_where_it_must_be() -> None:
+    history = [HI, said("Both.", *TOOLS), *TOOLS]
+    text = TurnTemplate(styled_tokenizer("llama3")).text(history, ())
+    places = [text.index(part) for part in ('"name": "f"', '"1"', '"name": "g"', '"two <b>"')]
+    assert places == sorted(places)
+    assert TurnTemplate(tiny_tokenizer()).text(history, ()).count("<|im_start|>assistant") == 2
+    with pytest.raises(ModelError, match="one call per turn"):
+        TurnTemplate(styled_tokenizer("llama3")).text(history[:-1], ())

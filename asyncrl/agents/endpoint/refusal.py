@@ -22,8 +22,8 @@ _ANTHROPIC_TYPES = {
 class Refusal(Exception):
     """An HTTP answer that is an error.
 
-    `code` and `param` are words for programs: the kind of error, and the field that is to blame. `retry`: asking again can
-    help; clients are told, since they would else retry some of these by themselves.
+    `code` and `param` are words for programs: the kind of error, and the field that is to blame. `retry`: asking again
+    can help; clients are told, since they would else retry some of these by themselves.
     """
 
     def __init__(

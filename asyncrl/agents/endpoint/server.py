@@ -28,6 +28,7 @@ from asyncrl.agents.endpoint.request import Ask, Json, Request
 from asyncrl.agents.endpoint.responses import Responses
 from asyncrl.agents.endpoint.session import GONE, Session
 from asyncrl.config import EndpointConfig
+from asyncrl.open_files import raise_open_files_limit
 
 if TYPE_CHECKING:
     from asyncrl.agents.conversation import Drawn
@@ -226,6 +227,7 @@ class _Call:
 
 def _listen(host: str) -> socket.socket:
     """A socket on a free port that takes connections at once; they wait until the server is up."""
+    raise_open_files_limit()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.create_server((host, 0), family=family, backlog=BACKLOG)
     listening.setblocking(False)

@@ -218,7 +218,7 @@ class Config(Section):
         if interval == 0 and self.evaluation.interval is not None:
             raise ValueError(
                 f"evaluation.interval is {self.evaluation.interval}, but with publish.weight_sync_interval=0 the "
-                "sampler keeps its first weights: every evaluation would measure the same. Leave evaluation.interval out."
+                "sampler keeps its first weights: every evaluation would measure the same. Leave the interval out."
             )
         if interval * batch > budget:
             raise ValueError(

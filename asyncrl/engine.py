@@ -337,7 +337,8 @@ class Engine:
             f"engine: {self._phase}, for {now - self._phase_since:.0f} s",
             f"queue: {len(self.queue)} finished groups, {self.scheduler.open_groups} unfinished",
             f"slots: {self.slots.in_flight} of {self.slots.window_size} rollouts, "
-            f"{self.scheduler.guests.in_use} of an evaluation; staleness budget: {self.scheduler.budget.free} of {self.scheduler.budget.slots} groups free",
+            f"{self.scheduler.guests.in_use} of an evaluation; "
+            f"staleness budget: {self.scheduler.budget.free} of {self.scheduler.budget.slots} groups free",
             f"sampler: {self._load}",
         ]
         lines += [f"rollout: {member}, for {age_s:.0f} s" for member, age_s in self.scheduler.oldest()]

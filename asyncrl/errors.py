@@ -8,6 +8,7 @@
     │   └── RolloutContractError        what a rollout function returned
     ├── RolloutError                    one rollout failed; the run need not
     │   ├── RecoverableRolloutError     raise it yourself to have the member drawn again
+    │   │   └── LimitReached            a conversation came to a limit with on_limit="error"
     │   ├── RolloutTimeout              the rollout took longer than `rollout.timeout_s`
     │   └── SamplerRequestError         the sampler refused or lost one request
     └── EngineError                     the run cannot go on
@@ -55,6 +56,10 @@ class RolloutError(AsyncRLError):
 
 class RecoverableRolloutError(RolloutError):
     """Raise it in a rollout function to have this group member drawn again."""
+
+
+class LimitReached(RecoverableRolloutError):
+    """A conversation came to a limit for which `on_limit` is `error`, or has more turns than any rollout needs."""
 
 
 class RolloutTimeout(RolloutError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from asyncrl.rollout.contract import Contract
 from asyncrl.rollout.evaluation import Evaluator
 from asyncrl.rollout.evaluations import Evaluated, EvaluationFn, Evaluations
 from asyncrl.rollout.scheduler import PolicyFactory
+from asyncrl.types import EvaluatedRun
 
 CONCURRENCY_ALONE = 64
 """Rollouts of an evaluation at once while nothing is trained: most samplers keep up with so many."""
@@ -26,8 +28,14 @@ def policies(context: PolicyContext) -> PolicyFactory:
     return lambda session, version: Policy(context, session, version)
 
 
-def make_evaluator(config: Config, facts: ModelFacts, function: Any, context: PolicyContext) -> Evaluator:
-    """The evaluator of a run, or of a finished model."""
+def make_evaluator(
+    config: Config,
+    facts: ModelFacts,
+    function: Any,
+    context: PolicyContext,
+    on_run: Callable[[EvaluatedRun], None] = lambda run: None,
+) -> Evaluator:
+    """The evaluator of a run, or of a finished model; `on_run` hears of each rollout that gave a reward."""
     if config.evaluation.temperature is not None:
         context = copy(context)
         context.params = replace(context.params, temperature=config.evaluation.temperature)
@@ -37,6 +45,7 @@ def make_evaluator(config: Config, facts: ModelFacts, function: Any, context: Po
         contract=Contract(facts.vocabulary, facts.max_seq_len),
         settings=config.rollout,
         seed=config.seed,
+        on_run=on_run,
     )
 
 

@@ -195,8 +195,10 @@ class _TrainingRun:
             context = await stack.enter_async_context(_open_policy(config, self.facts, sampler))
             sinks = open_sinks(config.trackers, folder.root, config)
             stack.callback(sinks.close)
-            engine = self._engine(stack, function, rows, sampler, trainer, context, sinks)
-            evaluator = make_evaluator(config, self.facts, function, context)
+            rollouts = _rollout_log(config, folder)
+            stack.callback(rollouts.close)
+            engine = self._engine(stack, function, rows, sampler, trainer, context, sinks, rollouts)
+            evaluator = make_evaluator(config, self.facts, function, context, rollouts.write_evaluated)
             evaluations = await stack.enter_async_context(
                 beside(engine, measure, evaluator, config=config, sinks=sinks, live=self.live)
             )
@@ -249,11 +251,10 @@ class _TrainingRun:
         trainer: Trainer,
         context: PolicyContext,
         sinks: SinkList,
+        rollouts: RolloutLog,
     ) -> Engine:
-        config, folder = self.config, self.folder
-        rollouts = _rollout_log(config, folder)
-        stack.callback(rollouts.close)
-        ledger_file = JsonlFile(folder.root / "ledger.jsonl")
+        config = self.config
+        ledger_file = JsonlFile(self.folder.root / "ledger.jsonl")
         stack.callback(ledger_file.close)
 
         def on_step(record: Record, batch: Batch) -> None:

@@ -180,6 +180,18 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class EvaluatedRun:
+    """One rollout of an evaluation."""
+
+    version: int
+    """The weights that are measured, in optimizer steps."""
+    row: int
+    """Index of the row in the evaluation's data."""
+    run: RolloutRun
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class TrainSequence:
     """One sample as the trainer sees it. All sequences are [N]."""
 

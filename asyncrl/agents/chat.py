@@ -17,16 +17,12 @@ from asyncrl.agents.calls import MalformedCall, ToolCall
 from asyncrl.agents.conversation import MALFORMED, Conversation, Drawn
 from asyncrl.agents.tools import ToolResult, collect_tools
 from asyncrl.agents.transcript import Node
-from asyncrl.errors import RecoverableRolloutError, RolloutContractError
+from asyncrl.errors import LimitReached, RolloutContractError
 from asyncrl.types import Rollout
 
 if TYPE_CHECKING:
     from asyncrl.agents.policy import Policy
     from asyncrl.sections import Limit, LimitChoice
-
-
-class LimitReached(RecoverableRolloutError):
-    """A conversation came to a limit for which `on_limit` is `error`. The rollout is drawn again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,13 +22,15 @@ from asyncrl.agents.calls import MalformedCall, ToolCall, Turn
 from asyncrl.agents.messages import Message, normalise
 from asyncrl.agents.stops import before_stop, cut_at_stop
 from asyncrl.agents.transcript import Node, Transcript
-from asyncrl.errors import ModelError, RolloutContractError
+from asyncrl.errors import LimitReached, ModelError, RolloutContractError
 from asyncrl.types import Completion
 
 if TYPE_CHECKING:
     from asyncrl.agents.policy import Policy
 
 History = Literal["keep", "render"]
+MOST_TURNS = 4096
+"""Of one rollout, all branches together. An agent that forks without end is stopped here; others come nowhere near."""
 MALFORMED = "malformed"
 """Stands for the name of a tool where a call cannot be read."""
 
@@ -131,6 +133,10 @@ class Conversation:
         `stop_token_ids` end it besides those of the model and the template's end of a turn; so do the strings of
         `stop`, which are no part of its text.
         """
+        if len(self.transcript.turns) >= MOST_TURNS:
+            raise LimitReached(
+                f"this rollout has drawn {MOST_TURNS} turns, more than any agent needs: does it fork without end?"
+            )
         tokens = [*self.transcript.tokens_to(place.node), *place.context]
         began = time.monotonic()
         place.node.drawing += 1

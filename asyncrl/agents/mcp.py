@@ -72,8 +72,7 @@ async def mcp_tools(
     connect, name = _connector(command, url, env, cwd, headers)
     server = _Server(connect, name, start_timeout_s)
     try:
-        client = await server.client()
-        listed = await _list_tools(client)
+        listed = await _list_tools(await server.client(), name, start_timeout_s)
         yield [
             Tool(server.caller(tool.name), timeout_s=timeout_s, max_output_chars=max_output_chars, signature=signature)
             for tool, signature in listed
@@ -236,14 +235,22 @@ def _connector(
     return connect, url or " ".join(command)
 
 
-async def _list_tools(client: Client) -> list[tuple[Any, Signature]]:
-    found, cursor = [], None
-    while True:
-        page = await client.list_tools(cursor=cursor)
-        found += [(tool, _signature_of(tool)) for tool in page.tools]
-        cursor = page.next_cursor
-        if cursor is None:
-            return found
+async def _list_tools(client: Client, name: str, timeout_s: float) -> list[tuple[Any, Signature]]:
+    from mcp import MCPError
+
+    found: list[tuple[Any, Signature]] = []
+    cursor: str | None = None
+    try:
+        with anyio.fail_after(timeout_s):
+            while True:
+                page = await client.list_tools(cursor=cursor)
+                found += [(tool, _signature_of(tool)) for tool in page.tools]
+                cursor = page.next_cursor
+                if cursor is None:
+                    return found
+    except (TimeoutError, MCPError) as error:
+        why = str(error) or f"no answer within start_timeout_s={timeout_s:g} s"
+        raise RecoverableRolloutError(f"the MCP server {name} does not say what tools it has: {why}.") from error
 
 
 def _signature_of(tool: Any) -> Signature:

@@ -78,10 +78,13 @@ class Filter:
     row: int | None = None
     contains: str = ""
     errors: bool = False
+    evaluation: bool = False
+    """Rollouts of evaluations, and not those that were trained."""
 
     def keeps(self, rollout: Rollout) -> bool:
         return (
-            (self.step is None or rollout.group["step"] == self.step)
+            rollout.group.get("evaluation", False) == self.evaluation
+            and (self.step is None or rollout.group["step"] == self.step)
             and (self.row is None or rollout.group["row"] == self.row)
             and (self.reward is None or self.reward[0] <= rollout.reward <= self.reward[1])
             and (self.min_tokens is None or rollout.tokens >= self.min_tokens)
@@ -182,14 +185,19 @@ def _lines_from_the_end(path: Path) -> Iterator[tuple[int, bytes, bool]]:
 def show(rollout: Rollout, console: Console) -> None:
     """A headline, the numbers, and the text, with a bar beside what is trained."""
     group = rollout.group
-    console.rule(
-        f"step {group['step']} · row {group['row']} · epoch {group['epoch']} · group {group['group']} · "
-        f"rollout {rollout.member + 1} of {len(group['rewards'])}",
-        align="left",
-    )
-    console.print(f"reward {_number(rollout.reward)}   advantage {_number(rollout.advantage)}", style="bold")
-    took = "" if rollout.seconds is None else f"it took {rollout.seconds:.1f} s, "
-    console.print(f"admitted at version {group['version']}   {took}the group {group['seconds']:.1f} s")
+    if group.get("evaluation"):
+        console.rule(f"evaluation at step {group['step']} · row {group['row']}", align="left")
+        console.print(f"reward {_number(rollout.reward)}", style="bold")
+        console.print(f"it took {_number(rollout.seconds)} s")
+    else:
+        console.rule(
+            f"step {group['step']} · row {group['row']} · epoch {group['epoch']} · group {group['group']} · "
+            f"rollout {rollout.member + 1} of {len(group['rewards'])}",
+            align="left",
+        )
+        console.print(f"reward {_number(rollout.reward)}   advantage {_number(rollout.advantage)}", style="bold")
+        took = "" if rollout.seconds is None else f"it took {rollout.seconds:.1f} s, "
+        console.print(f"admitted at version {group['version']}   {took}the group {group['seconds']:.1f} s")
     for index, sample in enumerate(rollout.samples):
         if len(rollout.samples) > 1:
             console.print(f"segment {index + 1} of {len(rollout.samples)}", style="bold")

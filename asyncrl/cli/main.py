@@ -93,6 +93,7 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--row", type=int, metavar="N", help="of this dataset row")
     parser.add_argument("--contains", default="", metavar="TEXT", help="prompt, tools and answers are searched")
     parser.add_argument("--errors", action="store_true", help="a tool failed, or finish_reason is not stop")
+    parser.add_argument("--evaluation", action="store_true", help="rollouts of evaluations, of their first rows")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--best", type=_positive, metavar="N", help="by reward")
     which.add_argument("--worst", type=_positive, metavar="N", help="by reward")
@@ -155,6 +156,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         row=arguments.row,
         contains=arguments.contains,
         errors=arguments.errors,
+        evaluation=arguments.evaluation,
     )
     return inspect_run(arguments.folder, wanted, arguments.limit, arguments.best, arguments.worst)
 

@@ -18,7 +18,7 @@ from asyncrl.rollout.estimate import EvalResult
 from asyncrl.rollout.failures import Breaker, FailurePolicy, Verdict, is_ours, users_traceback
 from asyncrl.rollout.limited import call
 from asyncrl.rollout.scheduler import PolicyFactory, RolloutFn
-from asyncrl.types import RolloutRun
+from asyncrl.types import EvaluatedRun, RolloutRun
 
 log = structlog.get_logger(__name__)
 
@@ -40,6 +40,8 @@ class Evaluator:
     contract: Contract
     settings: RolloutConfig
     seed: int
+    on_run: Callable[[EvaluatedRun], None] = lambda run: None
+    """Hears of each rollout that gave a reward."""
 
     async def run(
         self,
@@ -82,6 +84,7 @@ class _Measurement:
 
     async def one(self, rows: Rows, index: int, sample: int, room: Room, on_end: Callable[[], None]) -> None:
         await room.acquire()
+        began = asyncio.get_running_loop().time()
         try:
             run = await self._draw(rows, index, sample)
         finally:
@@ -90,7 +93,15 @@ class _Measurement:
             self.result.failed += 1
         else:
             self.result.per_row[index].append(run.reward)
+            seconds = asyncio.get_running_loop().time() - began
+            self.evaluator.on_run(EvaluatedRun(self._version_of(run), index, run, seconds))
         on_end()
+
+    def _version_of(self, run: RolloutRun) -> int:
+        """That of the evaluation; without a pin the newest that drew a token."""
+        if self.version is not None:
+            return self.version
+        return max(version for segment in run.segments for version in segment.versions or ())
 
     async def _draw(self, rows: Rows, index: int, sample: int) -> RolloutRun | None:
         """The run of one rollout, drawn again after recoverable failures; None: it gave no reward."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import compress, groupby
 from pathlib import Path
 from typing import Any
 
 from asyncrl.metrics.jsonl import JsonlFile
-from asyncrl.types import Group, RolloutSample
+from asyncrl.types import EvaluatedRun, Group, RolloutRun, RolloutSample
 
 Decode = Callable[[list[int]], str]
 """Token ids to text, special tokens included. Called from the log's thread: give it a tokenizer that no
@@ -37,11 +38,12 @@ class RolloutLog:
     def write(self, step: int, groups: Sequence[Group]) -> None:
         """Take the first groups of optimizer step `step`. They must not change any more."""
         chosen = list(groups[: self._groups_per_step])
-        for done in [write for write in self._writes if write.done()]:
-            self._writes.remove(done)
-            done.result()
-        if chosen:
-            self._writes.append(self._thread.submit(self._write, step, chosen))
+        self._submit([partial(describe, step, group, self._decode) for group in chosen])
+
+    def write_evaluated(self, evaluated: EvaluatedRun) -> None:
+        """Take a rollout of an evaluation, if it is of one of the first rows: the same rows each time."""
+        if evaluated.row < self._groups_per_step:
+            self._submit([partial(describe_evaluated, evaluated, self._decode)])
 
     def close(self) -> None:
         """Wait until all is written."""
@@ -50,9 +52,16 @@ class RolloutLog:
         for write in self._writes:
             write.result()
 
-    def _write(self, step: int, groups: list[Group]) -> None:
-        for group in groups:
-            self._file.write(describe(step, group, self._decode))
+    def _submit(self, lines: list[Callable[[], dict[str, Any]]]) -> None:
+        for done in [write for write in self._writes if write.done()]:
+            self._writes.remove(done)
+            done.result()
+        if lines:
+            self._writes.append(self._thread.submit(self._write, lines))
+
+    def _write(self, lines: list[Callable[[], dict[str, Any]]]) -> None:
+        for line in lines:
+            self._file.write(line())
 
 
 def describe(step: int, group: Group, decode: Decode) -> dict[str, Any]:
@@ -68,14 +77,30 @@ def describe(step: int, group: Group, decode: Decode) -> dict[str, Any]:
         "advantages": group.advantages,
         "seconds": round(group.finished_at - group.admitted_at, 3),
         "rollouts": [
-            {
-                "reward": run.reward,
-                "advantage": advantage,
-                "seconds": round(seconds, 3) if seconds is not None else None,
-                "samples": [_describe_sample(sample, decode) for sample in run.segments],
-            }
+            _describe_run(run, advantage, seconds, decode)
             for run, advantage, seconds in zip(group.runs, group.advantages, seconds_of_runs, strict=True)
         ],
+    }
+
+
+def describe_evaluated(evaluated: EvaluatedRun, decode: Decode) -> dict[str, Any]:
+    """A rollout of an evaluation, in the form of a group; `step` is the version that was measured."""
+    return {
+        "evaluation": True,
+        "step": evaluated.version,
+        "row": evaluated.row,
+        "version": evaluated.version,
+        "rewards": [evaluated.run.reward],
+        "rollouts": [_describe_run(evaluated.run, None, evaluated.seconds, decode)],
+    }
+
+
+def _describe_run(run: RolloutRun, advantage: float | None, seconds: float | None, decode: Decode) -> dict[str, Any]:
+    return {
+        "reward": run.reward,
+        "advantage": advantage,
+        "seconds": round(seconds, 3) if seconds is not None else None,
+        "samples": [_describe_sample(sample, decode) for sample in run.segments],
     }
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from asyncrl.agents.chat import LimitReached
+from asyncrl.agents import conversation
 from asyncrl.config import ChatConfig
-from asyncrl.errors import RecoverableRolloutError
+from asyncrl.errors import LimitReached, RecoverableRolloutError
 from asyncrl.rollout.contract import Contract
 from asyncrl.types import RolloutRun, RolloutSample
 
@@ -79,6 +79,18 @@ async def test_no_turn_begins_once_all_tokens_are_drawn(speak) -> None:
     chat = policy.chat("go", tools=[look], max_total_tokens=len(policy.tokenizer.encode(CALL)))
     await chat.run()
     assert (chat.finish_reason, chat.turns, len(sampler.requests)) == ("total_tokens", 1, 1)
+
+
+async def test_branches_without_end_end(speak, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversation, "MOST_TURNS", 3)
+    policy, sampler = speak(*[f"one{END}"] * 10)
+    chat = policy.chat("go")
+    await chat.run()
+    with pytest.raises(LimitReached, match="3 turns") as caught:
+        while True:
+            await chat.fork().step("again")
+    assert isinstance(caught.value, RecoverableRolloutError)
+    assert len(sampler.requests) == 3
 
 
 async def test_the_settings_of_the_run_are_the_defaults(speak) -> None:

@@ -16,6 +16,7 @@ import pytest
 import structlog
 
 from asyncrl import RecoverableRolloutError, Tool, mcp_tools
+from asyncrl.agents import mcp
 from asyncrl.agents.tools import ToolError, collect_tools
 
 pytest.importorskip("mcp")
@@ -99,6 +100,17 @@ async def test_a_server_that_does_not_start_is_named_with_what_it_wrote(command:
     with pytest.raises(RecoverableRolloutError, match=message):
         async with mcp_tools(*command, start_timeout_s=limit_s):
             raise AssertionError
+
+
+async def test_a_server_that_does_not_list_its_tools_is_given_up() -> None:
+    class Silent:
+        async def list_tools(self, *, cursor: str | None = None) -> None:
+            await asyncio.Event().wait()
+
+    with pytest.raises(
+        RecoverableRolloutError, match=r"shop does not say what tools it has: no answer within.*=0\.05 s"
+    ):
+        await mcp._list_tools(Silent(), "shop", 0.05)  # type: ignore[arg-type]
 
 
 async def test_either_a_command_or_a_url() -> None:

@@ -74,6 +74,11 @@ def test_a_template_without_turns_is_refused_at_once(source: str | None, reason:
     ("source", "answers", "reason"),
     [
         ("{{ messages | length }}" + PLAIN, USER, "renders earlier messages differently once a user message follows"),
+        (
+            PLAIN.replace("m.role +", "m.role + loop.index ~"),
+            USER,
+            "renders a user message differently in a longer conv",
+        ),
         (PLAIN.replace("<|im_end|>", "' + ('<|im_end|>' if loop.last or m.role == 'user' else '') + '"), USER, DROPS),
         (PLAIN.replace("<|im_end|>", "' + ('<|im_end|>' if loop.last else '') + '"), USER, "renders earlier messages"),
         (PLAIN.replace("m.content", "(m.content if m.role != 'tool' else '')"), TOOLS, DROPS),
@@ -202,7 +207,7 @@ def test_a_prompt_that_opens_the_thoughts_is_known() -> None:
 
 FORMS = {
     "objects": "call.function.arguments | tojson",
-    "text": "'' + call.function.arguments",  # raises for an object, as DeepSeek's do
+    "text": "'' + m.content + call.function.arguments",  # raises for an object, as DeepSeek's do
     "text, and no content": "(('' + call.function.arguments) if m.content is none else '')",
 }
 CALLS = PLAIN.replace(
@@ -322,6 +327,12 @@ def test_a_continuation_is_checked_once_and_renders_only_what_is_new(style: Styl
     tokens = turns.continuation([{**TOOLS[0], "content": "y" * 100}], tools)
     assert counting.renders == 1
     assert counting.characters < 2 * len(turns._tokenizer.decode(tokens)) + 250
+
+
+def test_tools_are_rendered_again_where_they_show_between_turns() -> None:
+    turns = template(PLAIN.replace("m.role +", "m.role + (' may call ' + tools[0].function.name if tools else '') +"))
+    assert "may call f\nWell?" in turns._tokenizer.decode(turns.continuation(USER, [SCHEMA]))
+    assert "may call" not in turns._tokenizer.decode(turns.continuation(USER, ()))
 
 
 def test_kinds_are_remembered_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

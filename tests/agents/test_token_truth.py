@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from asyncrl.agents.chat import Chat, LimitReached
+from asyncrl.agents.chat import Chat
 from asyncrl.agents.conversation import Conversation
-from asyncrl.errors import ModelError, RolloutContractError
+from asyncrl.errors import LimitReached, ModelError, RolloutContractError
 from tests.agents.token_truth import (
     SCHEMAS,
     Line,

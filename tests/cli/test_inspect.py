@@ -11,7 +11,7 @@ from rich.console import Console
 from asyncrl.cli import inspect
 from asyncrl.cli.main import main
 from asyncrl.storage.rollouts import RolloutLog
-from asyncrl.types import Group, RolloutRun, RolloutSample
+from asyncrl.types import EvaluatedRun, Group, RolloutRun, RolloutSample
 
 OPENING = "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n"
 RESULT = "<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>\n"
@@ -136,6 +136,22 @@ def test_a_line_that_is_being_written_is_left_out_and_a_broken_one_is_named(
     assert shown(look("--limit", "2")) == ["3.1", "3.2"]
     assert main(["inspect", str(run)]) == 2
     assert f"byte {len(lines[0])}: this line is not a group of rollouts" in capsys.readouterr().err
+
+
+def test_evaluations_are_shown_when_asked_for(
+    run: Path, look: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = look("--limit", "100")
+    log = RolloutLog(run / "rollouts.jsonl", decode, groups_per_step=2)
+    for row in range(3):  # the last is not among the first two
+        log.write_evaluated(EvaluatedRun(7, row, RolloutRun([sample(0.25, f"held-{row}")]), 1.5))
+    log.close()
+    assert look("--limit", "100") == before
+    text = look("--evaluation")
+    assert "evaluation at step 7 · row 1" in text
+    assert "reward 0.250\nit took 1.500 s" in text
+    assert ("held-0" in text, "held-1" in text, "held-2" in text) == (True, True, False)
+    assert "four" not in text
 
 
 def test_tool_calls_and_times_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,9 +17,11 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 import anyio
@@ -32,6 +34,8 @@ from asyncrl.errors import RecoverableRolloutError, UserError
 T = TypeVar("T")
 SLOTS = os.cpu_count() or 2
 """Threads, and processes, at once: more than there are cores only makes each of them slower."""
+IDLE_S = 30.0
+"""How long a thread without a call stays."""
 PARENT_EVERY_S = 1.0
 """How often a worker process looks whether the run is still there."""
 LOST = (
@@ -118,18 +122,23 @@ class Outcome(Generic[T]):
 # Threads
 
 
+Work = Callable[[], Callable[[], None]]
+"""What a thread does; what it returns tells whoever waits, once the thread is free again."""
+_idle: deque[SimpleQueue[tuple[str, Work]]] = deque()
+"""The inboxes of threads that have nothing to do, of all loops. Starting a thread makes the loop wait for it."""
+
+
 class Threads:
-    """At most `slots` calls at once, each in a thread of its own. For one event loop.
+    """At most `slots` calls at once, each in a thread. For one event loop.
 
     A thread cannot be ended: one that overruns goes on and holds its slot until it ends. All are daemons, so that
-    code that never ends does not hold up the end of the process. Starting one takes as long as waking a pooled one.
+    code that never ends does not hold up the end of the process.
     """
 
     def __init__(self, slots: int) -> None:
         self._limiter = anyio.CapacityLimiter(slots)
-        self._limits: dict[
-            object, float
-        ] = {}  # of every thread that has not ended: the loop's time when it should have
+        # Of every call that has not ended: the loop's time when it should have.
+        self._limits: dict[object, float] = {}
 
     @property
     def running(self) -> int:
@@ -151,15 +160,19 @@ class Threads:
             if not ended.done():
                 ended.set_result(outcome)
 
-        def work(context: contextvars.Context) -> None:
+        def work() -> Callable[[], None]:
             outcome = context.run(Outcome.of, call)
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(finish, outcome)
+
+            def tell() -> None:
+                with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                    loop.call_soon_threadsafe(finish, outcome)
+
+            return tell
 
         await self._acquire(ended, name, timeout_s)
         self._limits[ended] = loop.time() + timeout_s
         context = contextvars.copy_context()
-        threading.Thread(target=work, args=(context,), name=f"asyncrl offload {name}", daemon=True).start()
+        _in_some_thread(name, work)
         with anyio.move_on_after(timeout_s):
             return await ended
         raise TimeoutError(f"{name} took longer than {timeout_s:g} s")
@@ -172,6 +185,34 @@ class Threads:
                 await self._limiter.acquire_on_behalf_of(holder)
                 return
         raise TimeoutError(f"all {slots} threads for {name} are held by calls that took too long and have not ended")
+
+
+def _in_some_thread(name: str, work: Work) -> None:
+    """In the one that was busy last, so that the others may go; in a new one where all are busy."""
+    try:
+        inbox = _idle.pop()
+    except IndexError:
+        inbox = SimpleQueue()
+        threading.Thread(target=_serve, args=(inbox,), daemon=True).start()
+    inbox.put((name, work))
+
+
+def _serve(inbox: SimpleQueue[tuple[str, Work]]) -> None:
+    """In a thread: one call after another, until there has been none for a while."""
+    while True:
+        try:
+            name, work = inbox.get(timeout=IDLE_S)
+        except Empty:
+            with suppress(ValueError):  # somebody has just taken it: a call is on its way
+                _idle.remove(inbox)
+                return
+            continue
+        threading.current_thread().name = f"asyncrl offload {name}"
+        tell = work()
+        threading.current_thread().name = "asyncrl offload, idle"
+        _idle.append(inbox)
+        tell()
+        del work, tell  # what the call held would live as long as the thread waits
 
 
 async def _in_thread(call: Callable[[], T], name: str, timeout_s: float) -> Outcome[T]:

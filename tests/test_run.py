@@ -126,8 +126,11 @@ class TestARun:
         assert {end["step"] for end in ends if end["state"] == "trained"} == set(range(1, learned.result.steps + 1))
 
     def test_rollouts_can_be_read(self, learned: Learned) -> None:
-        groups = learned.lines("rollouts.jsonl")
+        lines = learned.lines("rollouts.jsonl")
+        groups = [line for line in lines if "evaluation" not in line]
+        evaluated = {(line["step"], line["row"]) for line in lines if "evaluation" in line}
         assert {group["step"] for group in groups} == set(range(1, learned.result.steps + 1))
+        assert {step for step, _ in evaluated} == {done.version for done in learned.result.evaluations}
         for group in groups:
             assert len(group["rewards"]) == len(group["rollouts"]) == 4
             context, drawn = group["rollouts"][0]["samples"][0]["text"]

@@ -201,7 +201,7 @@ class Conversation:
         except ModelError as refusal:
             if self._history == "keep":
                 raise
-            self._policy.warn_once("chats fork at every turn: the template's turns cannot be joined", str(refusal))
+            self._policy.warn_once("a chat forks where the chat template cannot join turns", str(refusal))
             return None
         if node.completion.finish_reason != "stop":
             return [self._template.end_of_turn, *context]  # the turn was cut before it

@@ -38,7 +38,7 @@ class Estimate:
         flips = max(coin / error**2, count) if error > 0 else count
         middle = (mean + Z**2 / (2 * flips)) / (1 + Z**2 / flips)
         half_width = Z / (1 + Z**2 / flips) * math.sqrt(coin / flips + Z**2 / (4 * flips**2))
-        return cls(mean, max(middle - half_width, 0.0), min(middle + half_width, 1.0), count)
+        return cls(mean, max(0.0, middle - half_width), min(middle + half_width, 1.0), count)
 
     def __str__(self) -> str:
         return f"{self.mean:.3f}" + ("" if math.isnan(self.low) else f" [{self.low:.3f}, {self.high:.3f}]")

@@ -6,7 +6,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from asyncrl.errors import AsyncRLError, EngineError, RolloutContractError, SamplerRequestError
+from asyncrl.errors import (
+    AsyncRLError,
+    EngineError,
+    RecoverableRolloutError,
+    RolloutContractError,
+    SamplerRequestError,
+)
 
 _OPENAI_TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 _ANTHROPIC_TYPES = {
@@ -58,6 +64,8 @@ def refusal_of(error: Exception) -> Refusal:
         return Refusal(400, f"{field or 'the request body'}: {fault['msg']}", param=field or None)
     if isinstance(error, SamplerRequestError):
         return Refusal(503 if error.recoverable else 400, str(error), code="sampler", retry=error.recoverable)
+    if isinstance(error, RecoverableRolloutError):
+        return Refusal(429, str(error), code="rate_limit_exceeded")
     if isinstance(error, RolloutContractError):
         return Refusal(400, str(error), code="context_length_exceeded")
     if isinstance(error, EngineError):

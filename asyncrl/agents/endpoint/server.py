@@ -26,8 +26,9 @@ from asyncrl.agents.endpoint.messages import Messages
 from asyncrl.agents.endpoint.refusal import Refusal, refusal_of
 from asyncrl.agents.endpoint.request import Ask, Json, Request
 from asyncrl.agents.endpoint.responses import Responses
-from asyncrl.agents.endpoint.session import GONE, Session
+from asyncrl.agents.endpoint.session import GONE, Session, ended
 from asyncrl.config import EndpointConfig
+from asyncrl.errors import ConfigError
 from asyncrl.open_files import raise_open_files_limit
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ class _Call:
     def _written(self, drawing: asyncio.Task[list[Drawn]]) -> Json:
         """The answer of a task that is done."""
         if drawing.cancelled():
-            raise Refusal(401, "the rollout of this key has ended.", code="invalid_api_key")
+            raise ended()
         replies = self._session.replies(self._ask, drawing.result())
         answer = self._request.answer(self._ask, replies)
         if isinstance(self._request, Responses):
@@ -229,7 +230,13 @@ def _listen(host: str) -> socket.socket:
     """A socket on a free port that takes connections at once; they wait until the server is up."""
     raise_open_files_limit()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.create_server((host, 0), family=family, backlog=BACKLOG)
+    try:
+        listening = socket.create_server((host, 0), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise ConfigError(
+            f"endpoint.host is {host!r}, where this machine cannot listen: {error}. Expected an address of its own, "
+            "such as 127.0.0.1, or 0.0.0.0 for all of them."
+        ) from error
     listening.setblocking(False)
     return listening
 

@@ -37,13 +37,16 @@ class Session:
         self._calls = 0
         self._room = anyio.CapacityLimiter(CONCURRENT_DRAWS)
         self._draws: set[asyncio.Task[list[Drawn]]] = set()
+        self._closed = False
 
     def begin(self, request: Request, ask: Ask) -> asyncio.Task[list[Drawn]]:
         """Start to draw what is asked for. The task is cancelled when the rollout ends.
 
         Raises:
-            Refusal: there is nothing to answer, or the rollout has used up its calls.
+            Refusal: there is nothing to answer, the rollout has used up its calls, or it has ended.
         """
+        if self._closed:  # while the body was read
+            raise ended()
         for name, value in request.unheard(self.policy.params):
             self.policy.warn_once(
                 f"agents ask the endpoint for {name}, which is not honoured",
@@ -88,6 +91,8 @@ class Session:
             task.exception()  # seen, also where the client has gone and nobody asks for it
 
     def close(self) -> None:
+        """The rollout has ended. Its draws are cancelled, and whoever waits for them says so."""
+        self._closed = True
         for task in tuple(self._draws):
             task.cancel()
 
@@ -139,6 +144,10 @@ class Session:
             message=message,
             logprobs=list(zip(texts, completion.logprobs, strict=False)),
         )
+
+
+def ended() -> Refusal:
+    return Refusal(401, "the rollout of this key has ended.", code="invalid_api_key")
 
 
 def _call(call: Mapping[str, object]) -> Call:

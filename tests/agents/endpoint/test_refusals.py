@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import aiohttp
@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from asyncrl.agents.endpoint import server
-from asyncrl.errors import ModelError, SamplerError, SamplerRequestError
+from asyncrl.errors import LimitReached, ModelError, SamplerError, SamplerRequestError
 from asyncrl.rollout.failures import is_recoverable
 from tests.agents.endpoint.clients import anthropic_client, openai_client
 from tests.agents.endpoint.conftest import END, turns, until
@@ -205,6 +205,7 @@ async def test_unknown_routes_and_methods(begin) -> None:
         (SamplerRequestError("the replica is gone"), 503, 2),
         (SamplerRequestError("too long", status=400, recoverable=False), 400, 1),
         (SamplerError("the server died"), 503, 1),
+        (LimitReached("it forks without end"), 429, 1),
         (ModelError("no chat template"), 400, 1),
     ],
 )
@@ -253,6 +254,23 @@ async def test_choices_that_fail_together_leave_nothing_behind(begin) -> None:
         await client.chat.completions.create(model="m", messages=ASKED)
     assert len(policy.captured.transcript.turns) == 1
     assert policy.captured.transcript.counts["drop: another choice of its call failed"] == 2
+
+
+async def test_a_rollout_that_ends_while_a_body_is_read(begin) -> None:
+    policy, teller = begin(turns())
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b'{"model": "m", "prompt": '
+        await asyncio.sleep(0.05)
+        policy.close()
+        yield b'"x"}'
+
+    headers = {"Authorization": f"Bearer {policy.openai_api_key}"}
+    url = policy.openai_base_url + "/completions"
+    async with aiohttp.ClientSession(headers=headers) as session, session.post(url, data=body()) as answer:
+        assert answer.status == 401
+        assert "has ended" in (await answer.json())["error"]["message"]
+    assert teller.said == []
 
 
 @pytest.mark.parametrize("way", EVERY_WAY)

@@ -16,7 +16,7 @@ from yarl import URL
 from asyncrl.agents.endpoint import Endpoint, server
 from asyncrl.agents.policy import Policy
 from asyncrl.config import EndpointConfig
-from asyncrl.errors import SamplerRequestError
+from asyncrl.errors import ConfigError, SamplerRequestError
 from tests.agents.endpoint.clients import anthropic_client, openai_client
 from tests.agents.endpoint.conftest import END, Teller, assert_true_to_the_token, turns, until
 
@@ -146,15 +146,22 @@ async def test_a_program_in_a_thread_may_be_the_first_to_ask(begin) -> None:
 
 
 @pytest.mark.parametrize(("host", "shown"), [("0.0.0.0", "http://127.0.0.1:"), ("::1", "http://[::1]:")])
-async def test_other_addresses(tokenizer, begin, host: str, shown: str) -> None:
+async def test_other_addresses(begin, host: str, shown: str) -> None:
     async with Endpoint(EndpointConfig(host=host)) as endpoint:
         policy, _ = begin(lambda text: "x" + END, where=endpoint)
         try:
             assert policy.openai_base_url.startswith(shown)
-        except OSError:
+        except ConfigError:
             pytest.skip(f"this machine has no {host}")
         async with openai_client(policy) as client:
             await client.chat.completions.create(model="m", messages=ASKED)
+
+
+async def test_an_address_of_another_machine_is_named(begin) -> None:
+    async with Endpoint(EndpointConfig(host="192.0.2.1")) as endpoint:
+        policy, _ = begin(turns(), where=endpoint)
+        with pytest.raises(ConfigError, match=r"endpoint\.host is '192\.0\.2\.1'"):
+            _ = policy.openai_base_url
 
 
 def test_keys_cannot_be_guessed(tokenizer) -> None:

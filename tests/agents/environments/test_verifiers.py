@@ -138,7 +138,7 @@ async def test_rollouts_at_once_do_not_mix_and_share_one_client(load: Any, play:
         async with anyio.create_task_group() as group:
             for row in rows:
                 group.start_soon(keep, row)
-        clients = [thing for thing in gc.get_objects() if isinstance(thing, EvalClient) and not thing.client.is_closed]
+        clients = [thing for thing in gc.get_objects() if type(thing) is EvalClient and not thing.client.is_closed]
         assert len({id(client.client) for client in clients}) == 1
     assert {place: tokenizer.decode(trained(sample)) for place, sample in samples.items()} == {
         place: f"{place + 1}{END}" for place in range(4)

@@ -257,8 +257,8 @@ class Policy:
         transcript = self.captured.transcript
         if not transcript.turns:
             raise RolloutContractError(
-                "no call reached the policy under this rollout's key, so there is nothing to train on. Give the "
-                "agent's client base_url=policy.openai_base_url and api_key=policy.openai_api_key (an Anthropic client "
+                "no call under this rollout's key was answered, so there is nothing to train on. Give the agent's "
+                "client base_url=policy.openai_base_url and api_key=policy.openai_api_key (an Anthropic client "
                 "base_url=policy.anthropic_base_url), or return None to drop the draw."
             )
         record: dict[str, Any] = {"turns": len(transcript.turns)}

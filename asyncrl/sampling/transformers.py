@@ -174,9 +174,9 @@ class TransformersSampler:
         Raises:
             SamplerRequestError: the version is not loaded, or the answer took too long.
         """
-        self._checked_ids(token_ids)
+        ids = self._checked_ids(token_ids)
         reply: asyncio.Future[list[float]] = self._loop.create_future()
-        self._send(Score(token_ids, start, version, reply), reply)
+        self._send(Score(ids, start, version, session or "", reply), reply)
         try:
             async with asyncio.timeout(self._request_timeout_s):
                 return await reply
@@ -240,6 +240,7 @@ class TransformersSampler:
             stream=stream_of_seed(seed),
             version=request.version,
             reply=self._loop.create_future(),
+            session=request.session,
         )
 
     def _checked_ids(self, token_ids: Sequence[int]) -> np.ndarray:

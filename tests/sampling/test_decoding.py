@@ -25,6 +25,7 @@ from transformers import (
 from asyncrl.sampling.embedded.attention import grouped_attention, use_grouped_attention
 from asyncrl.sampling.embedded.batch import DecodeBatch, Finished, Ticket
 from asyncrl.sampling.embedded.draw import DrawParams, draw, stream_of_seed, uniforms
+from asyncrl.sampling.embedded.prefixes import PrefixStore
 from asyncrl.sampling.embedded.versions import LiveModel, ModelVersions
 from asyncrl.sampling.embedded.worker import Cancel, Settings, Submit, Worker
 from asyncrl.types import Completion, SamplingParams
@@ -163,7 +164,7 @@ class TestBatch:
     def test_logprobs_are_those_of_a_plain_forward(self, kind: str) -> None:
         """Ragged prompts that join at different moments, on four kinds of attention and positions."""
         model = make(kind)
-        batch = DecodeBatch(model, max_rows=16, prefill_tokens=64)
+        batch = DecodeBatch(model, PrefixStore(0), max_rows=16, prefill_tokens=64)
         finished = batch.join([ticket(prompt(n), seed=n, max_tokens=n) for n in (1, 5, 23, 2)])
         for late in (40, 3, 90, 11):
             for _ in range(4):
@@ -175,14 +176,14 @@ class TestBatch:
 
     def test_logprobs_are_those_after_temperature_top_k_and_top_p(self) -> None:
         model = make("llama")
-        batch = DecodeBatch(model, max_rows=16, prefill_tokens=1000)
+        batch = DecodeBatch(model, PrefixStore(0), max_rows=16, prefill_tokens=1000)
         settings = [{"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.7}, {"temperature": 2.0, "top_k": 20, "top_p": 0.9}]
         finished = batch.join([ticket(prompt(5 + i), seed=i, **more) for i, more in enumerate(settings)]) + run(batch)
         agree(model, finished)
 
     def test_greedy_is_that_of_generate(self) -> None:
         model = make("qwen3")
-        batch = DecodeBatch(model, max_rows=4, prefill_tokens=1000)
+        batch = DecodeBatch(model, PrefixStore(0), max_rows=4, prefill_tokens=1000)
         finished = batch.join([ticket(prompt(n), temperature=0, max_tokens=12) for n in (17, 2)])
         for n in (30, 5):
             batch.step()
@@ -201,9 +202,9 @@ class TestBatch:
 
     def test_a_seeded_request_is_the_same_alone_and_in_company(self) -> None:
         model = make("llama")
-        alone = DecodeBatch(model, max_rows=8, prefill_tokens=1000)
+        alone = DecodeBatch(model, PrefixStore(0), max_rows=8, prefill_tokens=1000)
         expected = (alone.join([ticket(prompt(9), seed=42, max_tokens=20)]) + run(alone))[0].completion.tokens
-        batch = DecodeBatch(model, max_rows=8, prefill_tokens=1000)
+        batch = DecodeBatch(model, PrefixStore(0), max_rows=8, prefill_tokens=1000)
         batch.join([ticket(prompt(n), seed=n, top_p=0.8, max_tokens=30) for n in (3, 33)])
         batch.step()
         mine = ticket(prompt(9), seed=42, max_tokens=20)
@@ -213,11 +214,11 @@ class TestBatch:
     def test_a_stop_token_ends_and_belongs_to_the_completion(self) -> None:
         """Rows with different numbers of stop tokens, one of which hits."""
         model = make("llama")
-        free = DecodeBatch(model, max_rows=4, prefill_tokens=1000)
+        free = DecodeBatch(model, PrefixStore(0), max_rows=4, prefill_tokens=1000)
         drawn = (free.join([ticket(prompt(4), seed=3, max_tokens=20)]) + run(free))[0].completion
         first = drawn.tokens.index(drawn.tokens[7])
         absent = next(token for token in range(VOCABULARY) if token not in drawn.tokens)
-        batch = DecodeBatch(model, max_rows=4, prefill_tokens=1000)
+        batch = DecodeBatch(model, PrefixStore(0), max_rows=4, prefill_tokens=1000)
         mine = ticket(prompt(4), seed=3, max_tokens=20, stop_token_ids=(absent, drawn.tokens[7]))
         finished = batch.join([ticket(prompt(4), seed=3, max_tokens=20, stop_token_ids=(absent,)), mine]) + run(batch)
         found = {item.ticket is mine: item.completion for item in finished}
@@ -226,7 +227,7 @@ class TestBatch:
 
     def test_rows_that_leave_make_room_and_disturb_nobody(self) -> None:
         model = make("llama")
-        batch = DecodeBatch(model, max_rows=8, prefill_tokens=1000)
+        batch = DecodeBatch(model, PrefixStore(0), max_rows=8, prefill_tokens=1000)
         rows = [ticket(prompt(3 + i), seed=i, max_tokens=15) for i in range(8)]
         batch.join(rows)
         batch.step()
@@ -241,7 +242,7 @@ class TestBatch:
     def test_columns_are_used_again(self) -> None:
         """A long life of short rows needs no more columns than the rows that live at once."""
         model = make("llama")
-        batch = DecodeBatch(model, max_rows=2, prefill_tokens=1000)
+        batch = DecodeBatch(model, PrefixStore(0), max_rows=2, prefill_tokens=1000)
         finished = batch.join([ticket(prompt(5), max_tokens=9)])
         for i in range(60):
             for _ in range(4):
@@ -254,7 +255,7 @@ class TestBatch:
     def test_a_swap_is_recorded_token_by_token(self, recompute: bool) -> None:
         """`keep`: the past stays that of the old weights; `interrupt`: it becomes that of the new ones."""
         old, new = make("llama", 0), make("llama", 1)
-        batch = DecodeBatch(old, max_rows=4, prefill_tokens=16)
+        batch = DecodeBatch(old, PrefixStore(0), max_rows=4, prefill_tokens=16)
         batch.join([ticket(prompt(6), seed=1, max_tokens=10), ticket(prompt(3), seed=2, max_tokens=9)])
         batch.step()
         batch.step()
@@ -334,7 +335,7 @@ MODELS = [make("llama", seed) for seed in range(2)]
 @given(events=EVENTS)
 def test_any_schedule_keeps_every_row_right(events: list[tuple[str, int, int]]) -> None:
     """Joins, cancels and swaps (with recomputation) in any order: who was not cancelled ends, with exact log-probs."""
-    batch, version = DecodeBatch(MODELS[0], max_rows=64, prefill_tokens=50), 0
+    batch, version = DecodeBatch(MODELS[0], PrefixStore(0), max_rows=64, prefill_tokens=50), 0
     open_tickets: list[Ticket] = []
     finished: list[Finished] = []
     for n, (what, first, second) in enumerate(events):

@@ -19,11 +19,14 @@ from torch import Tensor
 
 from asyncrl.sampling.embedded.columns import ColumnCache
 from asyncrl.sampling.embedded.draw import DrawParams, draw, uniforms
+from asyncrl.sampling.embedded.prefixes import Past, PrefixStore
 from asyncrl.sampling.embedded.versions import LiveModel
 from asyncrl.types import Completion, FinishReason, SamplingParams
 
 _ROUND = 64
 """Columns are allocated in multiples of this."""
+_PADDING = 64
+"""Rows share a prefill if the shorter is padded by no more than this, or by no more than it has itself."""
 _HOLES = 8
 """Rows that left are closed up once they are 1/8 of the batch: moving keys costs less than decoding for nobody."""
 
@@ -43,8 +46,12 @@ class Ticket:
     """Weights it is pinned to; None follows the newest."""
     reply: Future[Completion]
     """Belongs to the event loop: only `deliver` may touch it."""
+    session: str = ""
+    """What it has seen is kept for the next request of the same session."""
     spans: list[tuple[int, int]] = field(default_factory=list)
     """(version, number of tokens drawn before it)."""
+    mixed: bool = False
+    """Its keys and values come from more than one model."""
     batch: DecodeBatch | None = None
     row: int = -1
 
@@ -60,8 +67,9 @@ class Finished:
 class DecodeBatch:
     """Owns the cache and every per-row array of the rows that are drawn from one model."""
 
-    def __init__(self, model: LiveModel, *, max_rows: int, prefill_tokens: int) -> None:
+    def __init__(self, model: LiveModel, prefixes: PrefixStore, *, max_rows: int, prefill_tokens: int) -> None:
         self.model = model
+        self._prefixes = prefixes
         self.tickets: list[Ticket | None] = []
         """[n]; None is a row that left and was not closed up yet."""
         self.running = 0
@@ -76,18 +84,28 @@ class DecodeBatch:
         self._params: DrawParams | None = None  # as above
 
     def join(self, tickets: Sequence[Ticket]) -> list[Finished]:
-        """Prefill the prompts and draw their first tokens."""
+        """Prefill what the prompts have new and draw their first tokens. Equal prompts are computed once."""
         self._close_up()
-        ordered = sorted(tickets, key=lambda ticket: -len(ticket.prompt))  # rows of a prefill pad to their longest
-        self._make_room(ordered)
-        first_row = len(self.tickets)
-        for ticket in ordered:
+        self._make_room(tickets)
+        begin = len(self.tickets)
+        pasts = {ticket: self._prefixes.find(self.model, ticket.session, ticket.prompt) for ticket in tickets}
+        ordered = sorted(tickets, key=lambda ticket: pasts[ticket][1] - len(ticket.prompt))  # most that is new first
+        computed = {ticket.prompt.tobytes(): ticket for ticket in ordered}
+        source = {ticket: computed[ticket.prompt.tobytes()] for ticket in ordered}
+        leaders = [ticket for ticket in ordered if source[ticket] is ticket]
+        twins = [ticket for ticket in ordered if source[ticket] is not ticket]
+        for ticket in (*leaders, *twins):
             self._place(ticket)
         self._rows_changed()
-        finished: list[Finished] = []
-        for begin, end in self._chunks(first_row):
-            finished += self._draw(begin, end, self._prefill(begin, end))
-        return finished
+        for ticket in leaders:
+            self._recall(ticket, *pasts[ticket])
+        chunks = self._chunks(begin, begin + len(leaders), even=True)
+        logits = torch.cat([self._prefill(first, last) for first, last in chunks])  # [leaders, V]
+        if twins:
+            sources = [source[ticket].row for ticket in twins]
+            self._cache.move_rows(sources, [ticket.row for ticket in twins], self._first, self.cursor)
+            logits = torch.cat([logits, logits[[row - begin for row in sources]]])  # [m, V]
+        return self._draw(begin, len(self.tickets), logits)
 
     def step(self) -> list[Finished]:
         """One forward for all rows, one token for each."""
@@ -121,9 +139,27 @@ class DecodeBatch:
         for ticket in self.tickets:
             assert ticket is not None
             ticket.spans.append((model.version, int(self.cursor - self._rows.drawn_from[ticket.row]) + 1))
+            ticket.mixed = not recompute
         if recompute:
-            for begin, end in self._chunks(0):
+            self._rows.seen[:] = self._rows.start
+            for begin, end in self._chunks(0, len(self.tickets)):
                 self._prefill(begin, end)
+
+    # What sessions have seen
+
+    def _recall(self, ticket: Ticket, past: Past | None, seen: int) -> None:
+        """Take the first `seen` tokens of the prompt from what its session left."""
+        if past is not None and seen:
+            start = int(self._rows.start[ticket.row])
+            self._cache.write(ticket.row, start, past.states, seen)
+            self._rows.seen[ticket.row] = start + seen
+
+    def _remember(self, ticket: Ticket) -> None:
+        """Leave prompt and answer to the session's next request."""
+        if ticket.session and not ticket.mixed:
+            row, seen = ticket.row, slice(int(self._rows.start[ticket.row]), self.cursor)
+            states = self._cache.read(row, seen.start, seen.stop)
+            self._prefixes.keep(self.model, ticket.session, Past(self._rows.text[row, seen].copy(), states))
 
     # Rows and room
 
@@ -136,7 +172,8 @@ class DecodeBatch:
 
     def _make_room(self, tickets: Sequence[Ticket]) -> None:
         """So that the joining prompts fit before the cursor, and some tokens behind it."""
-        longest, slack = len(tickets[0].prompt), min(256, max(ticket.max_tokens for ticket in tickets))
+        longest = max(len(ticket.prompt) for ticket in tickets)
+        slack = min(256, max(ticket.max_tokens for ticket in tickets))
         if not self.running:
             self.cursor = self._first = longest
         rows, allocated = len(self.tickets) + len(tickets), len(self._pending)
@@ -182,25 +219,29 @@ class DecodeBatch:
         if self.tickets:
             self._first = int(self._rows.start[: len(self.tickets)].min())
 
-    def _chunks(self, begin: int) -> list[tuple[int, int]]:
-        """Ranges of rows from `begin` on whose padded prefill stays within `prefill_tokens`."""
-        chunks, rows = [], len(self.tickets)
-        while begin < rows:
-            width = np.maximum.accumulate(self.cursor - self._rows.start[begin:rows])
-            fits = int((width * np.arange(1, rows - begin + 1) <= self._prefill_tokens).sum())
-            chunks.append((begin, begin + max(1, fits)))
-            begin += max(1, fits)
+    def _chunks(self, begin: int, end: int, *, even: bool = False) -> list[tuple[int, int]]:
+        """Ranges of rows whose padded prefill stays within `prefill_tokens`; `even`: of sorted rows, with little padding."""
+        chunks = []
+        while begin < end:
+            new = self.cursor - self._rows.seen[begin:end]
+            width = np.maximum.accumulate(new)
+            fits = width * np.arange(1, end - begin + 1) <= self._prefill_tokens
+            if even:
+                fits &= width - new <= np.maximum(new, _PADDING)
+            count = max(1, int(fits.sum()))
+            chunks.append((begin, begin + count))
+            begin += count
         return chunks
 
     # Forward and draw
 
     def _prefill(self, begin: int, end: int) -> Tensor:
-        """Compute keys and values of all columns before the cursor; logits [end - begin, V] of the last."""
-        first = int(self._rows.start[begin:end].min())
+        """Compute the keys and values before the cursor that are not there yet; logits [end - begin, V] of the last."""
+        first, seen = int(self._rows.start[begin:end].min()), int(self._rows.seen[begin:end].min())
         device = self._pending.device
-        ids = torch.from_numpy(self._rows.text[begin:end, first : self.cursor]).to(device)  # [m, Q]
-        positions = torch.arange(first, self.cursor, device=device) - self._device_starts()[begin:end]  # [m, Q]
-        self._cache.look(slice(begin, end), first, first)
+        ids = torch.from_numpy(self._rows.text[begin:end, seen : self.cursor]).to(device)  # [m, Q]
+        positions = torch.arange(seen, self.cursor, device=device) - self._device_starts()[begin:end]  # [m, Q]
+        self._cache.look(slice(begin, end), first, seen)
         return self.model.last_logits(
             ids, mask=self._mask(begin, end, first, self.cursor), positions=positions.clamp_(0), cache=self._cache
         )
@@ -225,6 +266,7 @@ class DecodeBatch:
         done = [(self.tickets[begin + i], bool(stopped[i])) for i in np.flatnonzero(ended)]
         finished = [self._finish(ticket, "stop" if stop else "length") for ticket, stop in done if ticket is not None]
         for item in finished:
+            self._remember(item.ticket)
             self.leave(item.ticket)
         return finished
 
@@ -261,6 +303,7 @@ class _RowTable:
         self.columns = columns
         self.alive = np.zeros(rows, dtype=bool)
         self.start = np.zeros(rows, dtype=np.int64)  # column of the first prompt token
+        self.seen = np.zeros(rows, dtype=np.int64)  # column of the first token that a prefill must compute
         self.drawn_from = np.zeros(rows, dtype=np.int64)  # column of the first drawn token
         self.last = np.zeros(rows, dtype=np.int64)  # column of the last token that may be drawn
         self.stream = np.zeros(rows, dtype=np.uint64)
@@ -274,7 +317,7 @@ class _RowTable:
     def place(self, ticket: Ticket, cursor: int) -> None:
         row, params = ticket.row, ticket.params
         self.alive[row] = True
-        self.start[row] = cursor - len(ticket.prompt)
+        self.start[row] = self.seen[row] = cursor - len(ticket.prompt)
         self.drawn_from[row] = cursor
         self.last[row] = cursor + ticket.max_tokens - 1
         self.stream[row] = ticket.stream
@@ -302,7 +345,7 @@ class _RowTable:
                 new[:keep_rows, first + shift : end + shift] = old[:keep_rows, first:end]
             else:
                 new[:keep_rows] = old[:keep_rows]
-        for array in (table.start, table.drawn_from, table.last):
+        for array in (table.start, table.seen, table.drawn_from, table.last):
             array[:keep_rows] += shift
         return table
 
@@ -324,6 +367,7 @@ class _RowTable:
         return [
             self.alive,
             self.start,
+            self.seen,
             self.drawn_from,
             self.last,
             self.stream,

@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+States = list[tuple[Tensor, Tensor] | None]
+"""Keys and values [H, columns, D] of one row, layer by layer; None where a layer has none of its own."""
+
 
 @dataclass(slots=True)
 class Window:
@@ -78,9 +81,38 @@ class ColumnCache(Cache):  # type: ignore[misc]
         self.window = Window(slice(0, 0), 0, 0)
         super().__init__(layers=[ColumnLayer(self.window) for _ in range(layers)])
 
+    @classmethod
+    def of_row(cls, states: States, length: int, columns: int) -> ColumnCache:
+        """A cache of one row: its first `length` columns are those of `states`, and there is room for `columns`."""
+        cache = cls(len(states))
+        cache.reallocate(1, columns, keep_rows=0, first=0, end=0, to=0)
+        cache.write(0, 0, states, length)
+        cache.look(slice(0, 1), 0, length)
+        return cache
+
     def look(self, rows: slice, first: int, cursor: int) -> None:
         """Aim the next forward."""
         self.window.rows, self.window.first, self.window.cursor = rows, first, cursor
+
+    def read(self, row: int, first: int, end: int) -> States:
+        """A copy of what one row has between two columns."""
+        return [
+            (_copied(layer.keys[row, :, first:end]), _copied(layer.values[row, :, first:end]))
+            if layer.is_initialized
+            else None
+            for layer in self.layers
+        ]
+
+    def write(self, row: int, first: int, states: States, length: int) -> None:
+        """Put the first `length` columns of `states` into one row, from column `first` on."""
+        for layer, pair in zip(self.layers, states, strict=True):
+            if pair is None:
+                continue
+            keys, values = pair
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys[None], values[None])
+            layer.keys[row, :, first : first + length] = keys[:, :length]
+            layer.values[row, :, first : first + length] = values[:, :length]
 
     def move_rows(self, sources: list[int], targets: list[int], first: int, end: int) -> None:
         """Copy rows over others, between two columns."""
@@ -99,6 +131,11 @@ class ColumnCache(Cache):  # type: ignore[misc]
 
     def _allocated(self) -> list[ColumnLayer]:
         return [layer for layer in self.layers if layer.is_initialized]
+
+
+def _copied(states: Tensor) -> Tensor:
+    # Never in the strides of the cache, whose columns lie apart.
+    return states.clone(memory_format=torch.contiguous_format)
 
 
 def _blank(like: Tensor, rows: int, columns: int) -> Tensor:

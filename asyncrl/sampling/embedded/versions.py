@@ -62,11 +62,17 @@ class LiveModel:
         logits: Tensor = output.logits
         return logits[:, -1]
 
-    def logprobs(self, ids: Tensor, start: int) -> Tensor:
-        """`ids` [N] -> [N - start] float32 log-probs of those from `start` on, at temperature 1."""
+    def logprobs(self, ids: Tensor, start: int, cache: Cache | None = None, seen: int = 0) -> Tensor:
+        """`ids` [N] -> [N - start] float32 log-probs of those from `start` on, at temperature 1.
+
+        `cache` has the keys and values of the first `seen` tokens, fewer than `start`.
+        """
         last = len(ids) - start + 1
-        options = {**self.options, "logits_to_keep": last} if "logits_to_keep" in self.options else self.options
-        logits: Tensor = self.module(input_ids=ids[None], use_cache=False, **options).logits[0, -last:-1]
+        options = {**self.options, "logits_to_keep": last} if "logits_to_keep" in self.options else {**self.options}
+        if self.takes_positions:
+            options["position_ids"] = torch.arange(seen, len(ids), device=ids.device)[None]
+        output = self.module(input_ids=ids[None, seen:], past_key_values=cache, use_cache=cache is not None, **options)
+        logits: Tensor = output.logits[0, -last:-1]
         return logits.float().log_softmax(-1).gather(-1, ids[start:, None])[:, 0]  # from logits [N - start, V]
 
 
@@ -117,6 +123,10 @@ class ModelVersions:
 
     def get(self, version: int) -> LiveModel | None:
         return self._live.get(version)
+
+    def models(self) -> set[LiveModel]:
+        """All that are live."""
+        return set(self._live.values())
 
     def loaded(self) -> list[int]:
         """Versions that can be asked for, oldest first."""

@@ -20,10 +20,13 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from asyncrl.errors import AsyncRLError, SamplerError, SamplerRequestError
 from asyncrl.sampling.embedded.batch import DecodeBatch, Finished, Ticket
+from asyncrl.sampling.embedded.columns import ColumnCache
+from asyncrl.sampling.embedded.prefixes import PrefixStore
 from asyncrl.sampling.embedded.versions import LiveModel, ModelVersions
 
 _JOIN_SHARE = 8
@@ -75,9 +78,11 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    token_ids: Sequence[int]
+    token_ids: np.ndarray
+    """[N] int64."""
     start: int
     version: int
+    session: str
     reply: Future[list[float]]
 
 
@@ -101,6 +106,7 @@ class Worker:
         self._versions = versions
         self._settings = settings
         self._deliver = deliver
+        self._prefixes = PrefixStore.beside(versions.base)
         self._batches: dict[int | None, DecodeBatch] = {}
         self._open: set[Ticket] = set()  # all that wait or run, so that none is forgotten if this thread fails
         self._waiting: deque[Ticket] = deque()
@@ -187,8 +193,10 @@ class Worker:
             if model is None:
                 self._replies.append(Reply(job.reply, error=self._not_loaded(job.version)))
             else:
-                logprobs = model.logprobs(torch.tensor(job.token_ids, device=model.device), job.start)
-                self._replies.append(Reply(job.reply, logprobs.tolist()))
+                past, seen = self._prefixes.find(model, job.session, job.token_ids[: job.start])
+                cache = ColumnCache.of_row(past.states, seen, len(job.token_ids)) if past is not None and seen else None
+                ids = torch.from_numpy(job.token_ids).to(model.device)
+                self._replies.append(Reply(job.reply, model.logprobs(ids, job.start, cache, seen).tolist()))
             self._scores.popleft()
 
     def _not_loaded(self, version: int) -> SamplerRequestError:
@@ -218,6 +226,7 @@ class Worker:
     def _retire(self) -> None:
         pinned = {version for version, batch in self._batches.items() if version is not None and batch.running}
         self._versions.retire(pinned | {ticket.version for ticket in self._waiting if ticket.version is not None})
+        self._prefixes.retain(self._versions.models())
 
     def _tidy(self) -> None:
         """Free the caches of pinned versions that nobody uses any more."""
@@ -270,8 +279,9 @@ class Worker:
         if batch is None:
             model = self._versions.get(self._versions.newest if version is None else version)
             assert model is not None, f"version {version} was retired while a request for it was waiting"
+            settings = self._settings
             batch = DecodeBatch(
-                model, max_rows=self._settings.max_running, prefill_tokens=self._settings.prefill_tokens
+                model, self._prefixes, max_rows=settings.max_running, prefill_tokens=settings.prefill_tokens
             )
             self._batches[version] = batch
         return batch
@@ -290,6 +300,7 @@ class Worker:
                 case Publish(done=future) | Score(reply=future):
                     futures.append(future)
         self._batches.clear()
+        self._prefixes.retain(())
         self._waiting.clear()
         self.running = 0
         self._deliver(self._replies + [Reply(future, error=reason) for future in futures])

@@ -1,11 +1,13 @@
 """Tokens per second of the embedded sampler, against what `transformers` offers on the same model.
 
-    python benchmarks/embedded_sampler.py [--skip-library] [--device cpu] [--threads 1] [--cpu-time]
+    python benchmarks/embedded_sampler.py [--only turns] [--skip-library] [--device cpu] [--threads 1] [--cpu-time]
 
 - static: `generate` on one batch that begins and ends together, the bare speed of the model in `transformers`
 - library: the continuous batching of `transformers`, sized by hand for this load
 - ours: `TransformersSampler.generate`, all requests at once, through the event loop
 - ours, 4x: four times as many requests as run at once, with lengths from 1 to twice the mean, each replaced as it ends
+- turns: 16 conversations of 20 turns at once, 50 new tokens and 20 drawn in each, with sessions and without; then
+  groups of 8 that share their prompt
 """
 
 from __future__ import annotations
@@ -29,16 +31,17 @@ REPEATS = 5
 clock = time.perf_counter
 
 
-def tiny_model(folder: Path) -> LlamaForCausalLM:
-    """About 1.6 M parameters, random."""
+def random_model(folder: Path, hidden: int = 192, layers: int = 4) -> LlamaForCausalLM:
+    """By default of about 1.6 M parameters."""
     torch.manual_seed(0)
+    heads = max(4, hidden // 64)
     config = LlamaConfig(
         vocab_size=512,
-        hidden_size=192,
-        intermediate_size=448,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=hidden,
+        intermediate_size=hidden * 7 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
         max_position_embeddings=2048,
         eos_token_id=None,
         bos_token_id=None,
@@ -114,11 +117,91 @@ async def ours(folder: str, device: str, count: int, length: int, tokens: int) -
         return max([await burst() for _ in range(REPEATS)]), max([await stream() for _ in range(3)])
 
 
+async def conversations(folder: str, device: str, *, sessions: bool, count: int = 16, turns: int = 20) -> list[float]:
+    """Seconds of each turn, which all conversations take together."""
+    seconds, texts = [], [[] for _ in range(count)]
+    async with TransformersSampler(folder, max_running=count, device=device) as sampler:
+
+        async def turn(index: int, new: list[int]) -> None:
+            texts[index] += new
+            session = str(index) if sessions else ""
+            request = SampleRequest(texts[index], SamplingParams(max_tokens=20), session=session)
+            texts[index] += (await sampler.generate(request)).tokens
+
+        new_tokens = iter(prompts(turns * count, 50))
+        for _ in range(turns):
+            began = clock()
+            await asyncio.gather(*(turn(index, next(new_tokens)) for index in range(count)))
+            seconds.append(clock() - began)
+    return seconds
+
+
+async def groups(folder: str, device: str, length: int, tokens: int, *, size: int) -> float:
+    """Tokens per second of 64 rows, `size` of which have the same prompt."""
+    async with TransformersSampler(folder, max_running=64, device=device) as sampler:
+
+        async def burst() -> float:
+            began = clock()
+            requests = [
+                SampleRequest(prompt, SamplingParams(max_tokens=tokens))
+                for prompt in prompts(64 // size, length)
+                for _ in range(size)
+            ]
+            await asyncio.gather(*(sampler.generate(request) for request in requests))
+            return 64 * tokens / (clock() - began)
+
+        await burst()
+        return max([await burst() for _ in range(REPEATS)])
+
+
+def compare_speed(device: str, *, library_too: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model = random_model(Path(folder)).to(device)
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, tokens/s")
+        print(f"{'tokens':>10} {'rows':>5} {'static':>8} {'library':>8} {'ours':>8} {'share':>6} {'ours, 4x':>9}")
+        for length, tokens in ((64, 32), (24, 6)):
+            for count in (1, 8, 32, 64):
+                bare = static(model, count, length, tokens)
+                batching = library(model, count, length, tokens) if library_too else float("nan")
+                burst, stream = asyncio.run(ours(folder, device, count, length, tokens))
+                print(
+                    f"{length:>5} in {tokens:<2} {count:>4} {bare:8.0f} {batching:8.0f} {burst:8.0f} "
+                    f"{burst / bare:6.2f} {stream:9.0f}",
+                    flush=True,
+                )
+
+
+def compare_turns(device: str) -> None:
+    shown = (1, 2, 5, 10, 15, 20)
+    print(f"\nms per turn {'':>22}" + "".join(f"{turn:>8}" for turn in shown) + f"{'all 20':>9}")
+    for hidden, layers in ((64, 2), (192, 4), (512, 8)):
+        with tempfile.TemporaryDirectory() as folder:
+            random_model(Path(folder), hidden, layers)
+            for sessions in (False, True):
+                seconds = asyncio.run(conversations(folder, device, sessions=sessions))
+                print(
+                    f"{hidden:>4} x {layers} {'sessions' if sessions else 'from nothing':>24} "
+                    + "".join(f"{1e3 * seconds[turn - 1]:>8.0f}" for turn in shown)
+                    + f"{1e3 * sum(seconds):>9.0f}",
+                    flush=True,
+                )
+
+
+def compare_groups(device: str) -> None:
+    print(f"\n{'tokens':>10} {'64 prompts':>11} {'8 groups of 8':>14}   tokens/s")
+    with tempfile.TemporaryDirectory() as folder:
+        random_model(Path(folder))
+        for length, tokens in ((24, 6), (64, 32), (256, 32)):
+            alone, shared = (asyncio.run(groups(folder, device, length, tokens, size=size)) for size in (1, 8))
+            print(f"{length:>5} in {tokens:<2} {alone:>11.0f} {shared:>14.0f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch; 1 on a busy machine")
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds: for a machine with other work")
+    parser.add_argument("--only", choices=("speed", "turns"), help="half of it")
     parser.add_argument("--skip-library", action="store_true", help="leave out transformers' continuous batching")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -126,21 +209,12 @@ def main() -> None:
         global clock
         clock = time.process_time
     logging.disable(logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder:
-        model = tiny_model(Path(folder)).to(options.device)
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{size:.2f} M parameters, {options.device}, {torch.get_num_threads()} threads, tokens/s")
-        print(f"{'tokens':>10} {'rows':>5} {'static':>8} {'library':>8} {'ours':>8} {'share':>6} {'ours, 4x':>9}")
-        for length, tokens in ((64, 32), (24, 6)):
-            for count in (1, 8, 32, 64):
-                bare = static(model, count, length, tokens)
-                batching = float("nan") if options.skip_library else library(model, count, length, tokens)
-                burst, stream = asyncio.run(ours(folder, options.device, count, length, tokens))
-                print(
-                    f"{length:>5} in {tokens:<2} {count:>4} {bare:8.0f} {batching:8.0f} {burst:8.0f} "
-                    f"{burst / bare:6.2f} {stream:9.0f}",
-                    flush=True,
-                )
+    print(f"{options.device}, {torch.get_num_threads()} threads")
+    if options.only != "turns":
+        compare_speed(options.device, library_too=not options.skip_library)
+    if options.only != "speed":
+        compare_turns(options.device)
+        compare_groups(options.device)
 
 
 if __name__ == "__main__":

@@ -152,6 +152,19 @@ async def score_of_the_last_tokens(subject: Subject) -> None:
             assert max(abs(a - b) for a, b in zip(scores, truth[start - 1 :], strict=True)) < TOLERANCE
 
 
+async def a_session_goes_on_where_it_ended(subject: Subject) -> None:
+    """Four turns and a fork, under new weights from the third turn on."""
+    history, version = [*subject.prompt], subject.sampler.version
+    for turn in range(4):
+        if turn == 2:
+            version = await publish_next(subject)
+        for prompt in (history[:-20], history):
+            completion = await draw(subject, prompt, session="goes on")
+            assert set(completion.versions) == {version}
+            assert error(subject, prompt, completion, version) < TOLERANCE
+        history += [*completion.tokens, *subject.prompt[: 5 + turn]]
+
+
 async def requests_do_not_mix(subject: Subject) -> None:
     prompts = [[*subject.prompt[index:], *subject.prompt[:index]] for index in range(8)]
     drawn = await asyncio.gather(
@@ -277,6 +290,7 @@ CHECKS: tuple[Check, ...] = (
     logprobs_are_those_of_the_truncated_policy,
     score_is_at_temperature_one,
     score_of_the_last_tokens,
+    a_session_goes_on_where_it_ended,
     requests_do_not_mix,
     cancelling_frees_the_place,
     load_counts_what_was_drawn,

@@ -64,10 +64,10 @@ def make(kind: str, seed: int = 0) -> LiveModel:
     return LiveModel(module, seed, 2, VOCABULARY, torch.device("cpu"), {"logits_to_keep": 1})
 
 
-def ticket(prompt: list[int], seed: int = 0, **params: Any) -> Ticket:
+def ticket(prompt: list[int], seed: int = 0, session: str = "", **params: Any) -> Ticket:
     sampling = SamplingParams(**{"max_tokens": 8, **params})
     reply = cast("Future[Completion]", None)  # no event loop here
-    return Ticket(np.array(prompt), sampling, sampling.max_tokens, stream_of_seed(seed), None, reply)
+    return Ticket(np.array(prompt), sampling, sampling.max_tokens, stream_of_seed(seed), None, reply, session)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

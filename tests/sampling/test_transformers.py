@@ -215,6 +215,37 @@ class TestTurns:
             await asyncio.gather(*(draw(subject, PROMPT[:index]) for index in range(1, 20)))
         assert joined == [19]
 
+    async def test_a_session_computes_only_what_is_new(self, full: Truth, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In turns and in scores, until new weights come."""
+        computed: list[int] = []
+        forward = torch.nn.Embedding.forward
+
+        def spy(self: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+            computed.append(ids.shape[-1])
+            return forward(self, ids)
+
+        monkeypatch.setattr(torch.nn.Embedding, "forward", spy)
+
+        async def first_forward(text: Sequence[int], session: str, score: bool = False) -> int:
+            del computed[:]
+            if score:
+                await subject.sampler.score(text, subject.sampler.version, start=len(text) - 2, session=session)
+            else:
+                text += (await draw(subject, text, session=session)).tokens
+            return computed[0]
+
+        async with running(full) as subject:
+            text = [*PROMPT]
+            assert await first_forward(text, "a") == len(PROMPT)
+            assert await first_forward(text, "a") == 1  # the token drawn last, which nobody has seen
+            text += PROMPT[:9]
+            assert await first_forward(text, "a", score=True) == 10
+            assert await first_forward(text, "a") == 10
+            assert await first_forward([*text], "b") == len(text)
+            await publish_next(subject)
+            assert await first_forward(text, "a", score=True) == len(text)
+            assert await first_forward([*text], "a") == len(text)
+
     async def test_a_finished_row_makes_room(self, full: Truth) -> None:
         async with running(full, max_running=2) as subject:
             completions = await asyncio.gather(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncrl.sampling.embedded.columns import ColumnCache
+from asyncrl.sampling.embedded.columns import ColumnCache, States
 from asyncrl.sampling.embedded.draw import DrawParams, draw, uniforms
 from asyncrl.sampling.embedded.prefixes import Past, PrefixStore
 from asyncrl.sampling.embedded.versions import LiveModel
@@ -147,16 +147,16 @@ class DecodeBatch:
 
     # What sessions have seen
 
-    def _recall(self, ticket: Ticket, past: Past | None, seen: int) -> None:
+    def _recall(self, ticket: Ticket, states: States, seen: int) -> None:
         """Take the first `seen` tokens of the prompt from what its session left."""
-        if past is not None and seen:
+        if seen:
             start = int(self._rows.start[ticket.row])
-            self._cache.write(ticket.row, start, past.states, seen)
+            self._cache.write(ticket.row, start, states, seen)
             self._rows.seen[ticket.row] = start + seen
 
     def _remember(self, ticket: Ticket) -> None:
         """Leave prompt and answer to the session's next request."""
-        if ticket.session and not ticket.mixed:
+        if ticket.session and not ticket.mixed and self._prefixes.wants_more():
             row, seen = ticket.row, slice(int(self._rows.start[ticket.row]), self.cursor)
             states = self._cache.read(row, seen.start, seen.stop)
             self._prefixes.keep(self.model, ticket.session, Past(self._rows.text[row, seen].copy(), states))
@@ -220,7 +220,7 @@ class DecodeBatch:
             self._first = int(self._rows.start[: len(self.tickets)].min())
 
     def _chunks(self, begin: int, end: int, *, even: bool = False) -> list[tuple[int, int]]:
-        """Ranges of rows whose padded prefill stays within `prefill_tokens`; `even`: of sorted rows, with little padding."""
+        """Ranges of rows whose padded prefill stays within `prefill_tokens`; `even`: with little padding, if sorted."""
         chunks = []
         while begin < end:
             new = self.cursor - self._rows.seen[begin:end]

@@ -18,6 +18,9 @@ from asyncrl.sampling.embedded.versions import LiveModel
 
 LEAST_BYTES = 512 * 2**20
 """May always be kept; beyond it half of what the weights take, since large models remember more per token."""
+_PATIENCE, _SAMPLE = 256, 16
+"""After 256 in a row that nobody came back for, only every 16th is kept: in rollouts of one turn, or where new weights
+come with every turn, copying takes 5 to 12% of a tiny model's time and serves nobody."""
 _BRANCHES = 4
 """Of one session: sub-agents take turns, and a conversation may fork."""
 
@@ -46,31 +49,38 @@ class PrefixStore:
         return cls(max(LEAST_BYTES, weights // 2))
 
     def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
         self.kept_bytes = 0
-        self._limit_bytes = limit_bytes
+        self._unclaimed = 0  # since somebody came back
         self._sessions: OrderedDict[tuple[LiveModel, str], list[Past]] = OrderedDict()
 
-    def find(self, model: LiveModel, session: str, tokens: np.ndarray) -> tuple[Past | None, int]:
-        """What `model` has seen of `tokens` in this session, and how many of them.
+    def find(self, model: LiveModel, session: str, tokens: np.ndarray) -> tuple[States, int]:
+        """Keys and values that begin with those of `tokens`, and of how many; ([], 0) where `model` has seen none.
 
         Never all of them: the last one must be computed, for its logits.
         """
         branches = self._sessions.get((model, session))
         if not branches:
-            return None, 0
+            return [], 0
         self._sessions.move_to_end((model, session))
         seen, past = max(((_common(past.tokens, tokens), past) for past in branches), key=lambda found: found[0])
-        return past, min(seen, len(tokens) - 1)
+        self._unclaimed = 0
+        return past.states, min(seen, len(tokens) - 1)
+
+    def wants_more(self) -> bool:
+        """Asked once for each sequence that could be kept."""
+        self._unclaimed += 1
+        return self._unclaimed <= _PATIENCE or self._unclaimed % _SAMPLE == 0
 
     def keep(self, model: LiveModel, session: str, past: Past) -> None:
         """It takes the place of what it goes on from."""
-        if past.nbytes > self._limit_bytes:
+        if past.nbytes > self.limit_bytes:
             return
         older = self._forget((model, session))
         forks = [other for other in older if _common(other.tokens, past.tokens) < len(other.tokens)]
         self._sessions[model, session] = branches = [*forks[1 - _BRANCHES :], past]
         self.kept_bytes += sum(branch.nbytes for branch in branches)
-        while self.kept_bytes > self._limit_bytes:
+        while self.kept_bytes > self.limit_bytes:
             self._forget(next(iter(self._sessions)))
 
     def retain(self, models: Collection[LiveModel]) -> None:

@@ -102,11 +102,11 @@ class Worker:
         self.running = 0
         self.generated_tokens = 0
         self.failure: SamplerError | None = None
+        self.prefixes = PrefixStore.beside(versions.base)
         self.thread = threading.Thread(target=self._run, name="asyncrl-sampler", daemon=True)
         self._versions = versions
         self._settings = settings
         self._deliver = deliver
-        self._prefixes = PrefixStore.beside(versions.base)
         self._batches: dict[int | None, DecodeBatch] = {}
         self._open: set[Ticket] = set()  # all that wait or run, so that none is forgotten if this thread fails
         self._waiting: deque[Ticket] = deque()
@@ -193,8 +193,8 @@ class Worker:
             if model is None:
                 self._replies.append(Reply(job.reply, error=self._not_loaded(job.version)))
             else:
-                past, seen = self._prefixes.find(model, job.session, job.token_ids[: job.start])
-                cache = ColumnCache.of_row(past.states, seen, len(job.token_ids)) if past is not None and seen else None
+                states, seen = self.prefixes.find(model, job.session, job.token_ids[: job.start])
+                cache = ColumnCache.of_row(states, seen, len(job.token_ids)) if seen else None
                 ids = torch.from_numpy(job.token_ids).to(model.device)
                 self._replies.append(Reply(job.reply, model.logprobs(ids, job.start, cache, seen).tolist()))
             self._scores.popleft()
@@ -226,7 +226,7 @@ class Worker:
     def _retire(self) -> None:
         pinned = {version for version, batch in self._batches.items() if version is not None and batch.running}
         self._versions.retire(pinned | {ticket.version for ticket in self._waiting if ticket.version is not None})
-        self._prefixes.retain(self._versions.models())
+        self.prefixes.retain(self._versions.models())
 
     def _tidy(self) -> None:
         """Free the caches of pinned versions that nobody uses any more."""
@@ -281,7 +281,7 @@ class Worker:
             assert model is not None, f"version {version} was retired while a request for it was waiting"
             settings = self._settings
             batch = DecodeBatch(
-                model, self._prefixes, max_rows=settings.max_running, prefill_tokens=settings.prefill_tokens
+                model, self.prefixes, max_rows=settings.max_running, prefill_tokens=settings.prefill_tokens
             )
             self._batches[version] = batch
         return batch
@@ -300,7 +300,7 @@ class Worker:
                 case Publish(done=future) | Score(reply=future):
                     futures.append(future)
         self._batches.clear()
-        self._prefixes.retain(())
+        self.prefixes.retain(())
         self._waiting.clear()
         self.running = 0
         self._deliver(self._replies + [Reply(future, error=reason) for future in futures])

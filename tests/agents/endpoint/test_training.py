@@ -14,6 +14,8 @@ from tests.agents.endpoint.clients import AGENTS, openai_client
 from tests.conftest import MakeConfig
 
 ASKED: Any = [{"role": "user", "content": "?"}]
+BOMBS = 4
+"""Bombs fail at once, before anything else has ended: five of them in a row would be taken for an outage."""
 
 
 async def rollout(prompt: asyncrl.Prompt) -> asyncrl.Rollout:
@@ -56,7 +58,7 @@ async def drop(client: openai.AsyncOpenAI) -> None:
 
 async def hostile_rollout(prompt: asyncrl.Prompt) -> asyncrl.Rollout:
     async with openai_client(prompt.policy) as client:
-        if prompt.rollout_index == 0:
+        if prompt.rollout_index == 0 and prompt.index < BOMBS:
             await bomb(client)
         if prompt.rollout_index == 1:
             await drop(client)
@@ -70,4 +72,4 @@ def test_hostile_agents_harm_their_own_rollouts_alone(make_config: MakeConfig) -
     assert result.steps == 2
     assert result.ledger["trained"] + result.ledger["filtered"] == 8
     records = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert sum(record["members_failed"] for record in records) == 8
+    assert sum(record["members_failed"] for record in records) == BOMBS

@@ -23,6 +23,9 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/concurrency.py
 	$(BIN)/python benchmarks/embedded_sampler.py
 	$(BIN)/python benchmarks/trainer_step.py
+	$(BIN)/python benchmarks/endpoint.py
+	$(BIN)/python benchmarks/learning_frozen_lake.py
+	$(BIN)/python benchmarks/learning_sql.py
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -5,7 +5,8 @@
     │   ├── ConfigError                 a setting, or a combination of settings
     │   ├── DataError                   a dataset, with file and line
     │   ├── ModelError                  a model or tokenizer that cannot be used
-    │   └── RolloutContractError        what a rollout function returned
+    │   └── RolloutContractError        what a rollout function returned, or asked for
+    │       └── ContextFull             a context that leaves no room for a completion
     ├── RolloutError                    one rollout failed; the run need not
     │   ├── RecoverableRolloutError     raise it yourself to have the member drawn again
     │   │   └── LimitReached            a conversation came to a limit with on_limit="error"
@@ -48,6 +49,10 @@ class ModelError(UserError):
 
 class RolloutContractError(UserError):
     """A rollout function returned something that cannot be trained on."""
+
+
+class ContextFull(RolloutContractError):
+    """The context leaves no room for a completion."""
 
 
 class RolloutError(AsyncRLError):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from asyncrl.config import ChatConfig
-from asyncrl.errors import RolloutContractError, SamplerRequestError
+from asyncrl.errors import ContextFull, RolloutContractError, SamplerRequestError
 from asyncrl.types import Completion, Rollout, Sampler, SampleRequest, SamplingParams
 
 if TYPE_CHECKING:
@@ -125,13 +125,21 @@ class Policy:
             stop_token_ids: Tokens that end the completion; those of the model if left out.
 
         Raises:
-            RolloutContractError: no tokens, or no room for one more.
+            ContextFull: there is no room for one more token.
+            RolloutContractError: there are no tokens.
             SamplerRequestError: the sampler refused or lost this request.
         """
         context = self._context
         room = context.max_seq_len - len(token_ids)
-        if room < 1 or not token_ids:
-            raise RolloutContractError(_no_room(len(token_ids), context.max_seq_len))
+        if not token_ids:
+            raise RolloutContractError(
+                "policy.generate was called with no tokens. Expected the whole context, at least one token."
+            )
+        if room < 1:
+            raise ContextFull(
+                f"the context has {len(token_ids)} tokens, and max_seq_len is {context.max_seq_len}, so there is no "
+                "room for a completion. Raise Config.max_seq_len, or leave such rows out of the dataset."
+            )
         params = context.params
         limit = min(params.max_tokens if max_tokens is None else max_tokens, room)
         if limit < 1:
@@ -304,12 +312,3 @@ class Policy:
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a completion if `generate` is not told others."""
         return self._context.params.stop_token_ids
-
-
-def _no_room(prompt_tokens: int, max_seq_len: int) -> str:
-    if not prompt_tokens:
-        return "policy.generate was called with no tokens. Expected the whole context, at least one token."
-    return (
-        f"the context has {prompt_tokens} tokens, and max_seq_len is {max_seq_len}, so there is no room for a "
-        "completion. Raise Config.max_seq_len, or leave such rows out of the dataset."
-    )

@@ -18,8 +18,8 @@ def load_rollout(reference: str | None, folder: Path) -> Callable[..., Any]:
     """
     if not reference:
         raise ConfigError(
-            'rollout_fn: this setting is needed. Name your function: rollout_fn = "rollout.py:rollout", '
-            "or call asyncrl.train from Python."
+            'rollout_fn: this setting is needed. Name your function: rollout_fn = "rollout.py:rollout" in the file, or '
+            "--rollout_fn rollout.py:rollout; or call asyncrl from Python."
         )
     return _check(load_function(reference, "rollout_fn", folder), reference)
 

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from asyncrl.errors import (
     AsyncRLError,
+    ContextFull,
     EngineError,
     RecoverableRolloutError,
     RolloutContractError,
@@ -66,8 +67,10 @@ def refusal_of(error: Exception) -> Refusal:
         return Refusal(503 if error.recoverable else 400, str(error), code="sampler", retry=error.recoverable)
     if isinstance(error, RecoverableRolloutError):
         return Refusal(429, str(error), code="rate_limit_exceeded")
+    if isinstance(error, ContextFull):  # the code in the message too: that is all that newer clients show of an error
+        return Refusal(400, f"context_length_exceeded: {error}", code="context_length_exceeded")
     if isinstance(error, RolloutContractError):
-        return Refusal(400, str(error), code="context_length_exceeded")
+        return Refusal(400, str(error))
     if isinstance(error, EngineError):
         return Refusal(503, f"{type(error).__name__}: {error}")
     if isinstance(error, AsyncRLError):

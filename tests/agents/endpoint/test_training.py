@@ -7,6 +7,7 @@ import json
 import random
 from typing import Any
 
+import agents
 import openai
 
 import asyncrl
@@ -20,7 +21,10 @@ BOMBS = 4
 
 async def rollout(prompt: asyncrl.Prompt) -> asyncrl.Rollout:
     agent = list(AGENTS.values())[prompt.rollout_index % len(AGENTS)]
-    said = await agent(prompt.policy, prompt.index % 2 == 0)
+    try:
+        said = await agent(prompt.policy, prompt.index % 2 == 0)
+    except agents.AgentsException:  # newer versions of the framework give up on a turn that was cut
+        said = ""
     return prompt.policy.captured_run(reward=float(len(said) % 2))
 
 

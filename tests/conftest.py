@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
+from asyncrl.agents.sandbox import SandboxError, run_python
 from asyncrl.config import Config
 from asyncrl.testing.models import tiny_model
 
@@ -72,3 +74,12 @@ def no_thread_left() -> Any:
     while len(left := engine_threads()) > len(before) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert len(left) <= len(before), f"left behind: {left}"
+
+
+@pytest.fixture(scope="session")
+def walls() -> None:
+    """Skips where this system cannot build the sandbox: another than Linux, or a container that forbids Landlock."""
+    try:
+        anyio.run(run_python, "")
+    except SandboxError as error:
+        pytest.skip(str(error))

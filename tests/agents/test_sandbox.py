@@ -19,7 +19,7 @@ from asyncrl.agents.sandbox import Outcome, SandboxError, run_python
 from asyncrl.agents.sandbox_walls import FORBIDDEN
 from asyncrl.errors import UserError
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the walls are made of Linux")
+pytestmark = pytest.mark.usefixtures("walls")
 
 
 @pytest.fixture(autouse=True)

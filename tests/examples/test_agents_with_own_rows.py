@@ -113,8 +113,15 @@ def arguments(model: Path, out: Path, dataset: Path | None = None) -> list[str]:
 
 @pytest.mark.parametrize(("kind", "example"), [("sql", sql), ("countdown", countdown), ("code", code)])
 def test_it_trains_and_every_answer_gets_what_it_deserves(
-    kind: str, example: ModuleType, rows: dict[str, list[dict[str, Any]]], model: Path, tmp_path: Path
+    kind: str,
+    example: ModuleType,
+    rows: dict[str, list[dict[str, Any]]],
+    model: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if kind == "code":
+        request.getfixturevalue("walls")
     dataset = tmp_path / "rows.jsonl"
     dataset.write_text("".join(json.dumps(row) + "\n" for row in rows[kind]))
     held_out = ["--eval-puzzles", "2"] if kind == "countdown" else ["--eval", str(dataset)]
@@ -301,6 +308,7 @@ def test_the_last_answer_counts() -> None:
 # The programmer
 
 
+@pytest.mark.usefixtures("walls")
 async def test_right_programs_pass_and_others_pass_in_part_or_not_at_all() -> None:
     tests = [{"stdin": "4 5 6", "stdout": "3"}, {"stdin": "7", "stdout": "1\n"}]
     assert await code.share_passed(COUNT, tests) == 1.0
@@ -309,6 +317,7 @@ async def test_right_programs_pass_and_others_pass_in_part_or_not_at_all() -> No
     assert await code.share_passed("syntax error", tests) == 0.0
 
 
+@pytest.mark.usefixtures("walls")
 async def test_every_exercise_has_tests_that_tell_answers_apart() -> None:
     rows = code.exercises()
     assert len({row["task"] for row in rows}) == len(rows) == 50
@@ -319,6 +328,7 @@ async def test_every_exercise_has_tests_that_tell_answers_apart() -> None:
     assert await code.share_passed(solution.replace("n % 3", "True"), task["tests"]) < 1.0
 
 
+@pytest.mark.usefixtures("walls")
 async def test_the_tool_shows_what_the_program_prints_and_survives_it() -> None:
     assert await code.python.call({"code": COUNT, "stdin": "1 2"}) == "2"
     assert "ZeroDivisionError" in await code.python.call({"code": "1 / 0"})

@@ -143,12 +143,10 @@ class Chat:
         }
         if self._tool_seconds:
             record["tool_seconds"] = list(self._tool_seconds)
-        if transcript.counts:
-            record["transcript"] = dict(transcript.counts)
 
         def about(leaf: Node) -> Mapping[str, Any]:
             messages = self.messages if leaf is self._node else leaf.messages
-            return {"messages": [dict(message) for message in messages], **record, **leaf.times(), **info}
+            return {"messages": [dict(message) for message in messages], **record, **transcript.account(leaf), **info}
 
         return transcript.rollout(reward, about, turn_rewards)
 

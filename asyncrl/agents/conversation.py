@@ -84,7 +84,6 @@ class Conversation:
         tools: Sequence[Message] = (),
         *,
         max_tokens: int | None = None,
-        stop_token_ids: Sequence[int] = (),
         stop: Sequence[str] = (),
     ) -> Drawn:
         """Let the policy answer these messages, the whole history of a conversation.
@@ -96,7 +95,7 @@ class Conversation:
         """
         trail = _Trail(messages, tools) if self._history != "render" else None
         place = self._locate(messages, tools, trail)
-        drawn = await self.draw_at(place, tools, max_tokens=max_tokens, stop_token_ids=stop_token_ids, stop=stop)
+        drawn = await self.draw_at(place, tools, max_tokens=max_tokens, stop=stop)
         drawn = replace(drawn, message=_for_programs(drawn))
         drawn.node.messages = [*messages, drawn.message]
         if trail is not None:
@@ -108,16 +107,13 @@ class Conversation:
         token_ids: Sequence[int],
         *,
         max_tokens: int | None = None,
-        stop_token_ids: Sequence[int] = (),
         stop: Sequence[str] = (),
     ) -> Drawn:
         """Let the policy go on from these tokens. Turns that they begin with are extended.
 
         Raises: as `draw`.
         """
-        return await self.draw_at(
-            self._by_tokens(list(token_ids)), max_tokens=max_tokens, stop_token_ids=stop_token_ids, stop=stop
-        )
+        return await self.draw_at(self._by_tokens(list(token_ids)), max_tokens=max_tokens, stop=stop)
 
     async def draw_at(
         self,
@@ -125,13 +121,12 @@ class Conversation:
         tools: Sequence[Message] = (),
         *,
         max_tokens: int | None = None,
-        stop_token_ids: Sequence[int] = (),
         stop: Sequence[str] = (),
     ) -> Drawn:
         """Draw one turn at a place in the transcript.
 
-        `stop_token_ids` end it besides those of the model and the template's end of a turn; so do the strings of
-        `stop`, which are no part of its text.
+        Besides the model's stop tokens and the template's end of a turn, the strings of `stop` end it; they are no
+        part of its text.
         """
         if len(self.transcript.turns) >= MOST_TURNS:
             raise LimitReached(
@@ -141,9 +136,7 @@ class Conversation:
         began = time.monotonic()
         place.node.drawing += 1
         try:
-            completion = await self._policy.generate(
-                tokens, max_tokens=max_tokens, stop_token_ids=(*self._stops, *stop_token_ids)
-            )
+            completion = await self._policy.generate(tokens, max_tokens=max_tokens, stop_token_ids=self._stops)
         finally:
             place.node.drawing -= 1
         completion = cut_at_stop(completion, stop, self._decode)

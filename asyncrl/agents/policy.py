@@ -208,12 +208,10 @@ class Policy:
             history: What the model reads of its earlier turns; `Config.chat.history` if left out.
         """
         from asyncrl.agents.chat import Chat, Limits
-        from asyncrl.agents.conversation import Conversation
 
-        settings = self._context.chat
-        choices = settings.on_limit if on_limit is None else on_limit
+        choices = self._context.chat.on_limit if on_limit is None else on_limit
         return Chat(
-            Conversation(self, history=history or settings.history, realign_tokens=settings.realign_tokens),
+            self._conversation(history),
             self,
             messages,
             tools=tools,
@@ -245,11 +243,14 @@ class Policy:
     def captured(self) -> Conversation:
         """What was said through the endpoint under this rollout's key."""
         if self._captured is None:
-            from asyncrl.agents.conversation import Conversation
-
-            settings = self._context.chat
-            self._captured = Conversation(self, history=settings.history, realign_tokens=settings.realign_tokens)
+            self._captured = self._conversation()
         return self._captured
+
+    def _conversation(self, history: History | None = None) -> Conversation:
+        from asyncrl.agents.conversation import Conversation
+
+        settings = self._context.chat
+        return Conversation(self, history=history or settings.history, realign_tokens=settings.realign_tokens)
 
     def captured_run(
         self, reward: float, *, turn_rewards: Sequence[float | None] | None = None, **info: Any
@@ -269,11 +270,11 @@ class Policy:
                 "client base_url=policy.openai_base_url and api_key=policy.openai_api_key (an Anthropic client "
                 "base_url=policy.anthropic_base_url), or return None to drop the draw."
             )
-        record: dict[str, Any] = {"turns": len(transcript.turns)}
-        if transcript.counts:
-            record["transcript"] = dict(transcript.counts)
+        turns = len(transcript.turns)
         return transcript.rollout(
-            reward, lambda leaf: {"messages": list(leaf.messages), **record, **leaf.times(), **info}, turn_rewards
+            reward,
+            lambda leaf: {"messages": list(leaf.messages), "turns": turns, **transcript.account(leaf), **info},
+            turn_rewards,
         )
 
     def close(self) -> None:

@@ -52,10 +52,6 @@ class Node:
         nodes.reverse()
         return nodes
 
-    def times(self) -> dict[str, list[float]]:
-        """For the rollout log: how long each turn of the policy took (s)."""
-        return {"turn_seconds": [round(node.seconds, 3) for node in self.path()]}
-
 
 class Transcript:
     """Owns the turns of one rollout, and counts what happened to them that is not plain growth."""
@@ -116,6 +112,11 @@ class Transcript:
     def broke_off(self, cause: str) -> None:
         """A turn was broken off while it was drawn, so there is none."""
         self._count(f"drop: {cause}")
+
+    def account(self, leaf: Node) -> dict[str, Any]:
+        """For the rollout log: how long each turn up to this leaf took (s), and what is counted of the whole."""
+        seconds = {"turn_seconds": [round(node.seconds, 3) for node in leaf.path()]}
+        return {**seconds, "transcript": dict(self.counts)} if self.counts else seconds
 
     def rollout(
         self,

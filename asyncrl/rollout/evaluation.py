@@ -15,7 +15,7 @@ from asyncrl.data import Prompt, Rows
 from asyncrl.errors import BreakerOpen, RolloutContractError, RolloutFailed, first_failure
 from asyncrl.rollout.contract import Contract
 from asyncrl.rollout.estimate import EvalResult
-from asyncrl.rollout.failures import Breaker, FailurePolicy, Verdict, is_ours, users_traceback
+from asyncrl.rollout.failures import Breaker, FailurePolicy, Verdict, is_ours, leaves, users_traceback
 from asyncrl.rollout.limited import call
 from asyncrl.rollout.scheduler import PolicyFactory, RolloutFn
 from asyncrl.types import EvaluatedRun, RolloutRun
@@ -138,7 +138,7 @@ class _Measurement:
         """Whether the rollout is lost (else it is drawn again). Raises what ends the evaluation."""
         where = f"row {index} of the evaluation"
         if is_ours(error):
-            raise error
+            raise next(filter(is_ours, leaves(error)))
         if self.failures.judge(error) is Verdict.FATAL:
             if isinstance(error, RolloutContractError):
                 raise RolloutFailed(f"{where} returned a sample that cannot be used:\n{error}") from error

@@ -26,6 +26,7 @@ from asyncrl.sections import (
     LOSS_SETTING_OWNERS,
     POLICY_LOSS_NAMES,
     ChatConfig,
+    CheckpointConfig,
     ConcurrencyConfig,
     DataConfig,
     EndpointConfig,
@@ -47,6 +48,7 @@ from asyncrl.sections import (
 
 __all__ = [
     "ChatConfig",
+    "CheckpointConfig",
     "ConcurrencyConfig",
     "Config",
     "DataConfig",
@@ -67,7 +69,7 @@ __all__ = [
 ]
 
 GRPO_KL_BETA = 0.001
-TAKEN_NAMES = frozenset({"evaluation", "logs", "tensorboard", "wandb", "weights"})
+TAKEN_NAMES = frozenset({"checkpoints", "evaluation", "logs", "tensorboard", "wandb", "weights"})
 
 
 class Config(Section):
@@ -111,6 +113,13 @@ class Config(Section):
     more, and what is under way is still trained. None: go on until the data ends."""
     stall_timeout_s: PositiveFloat = 1800.0
     """The run ends with a report of who waits for what when nothing has moved for so long."""
+    stop_timeout_s: PositiveFloat = 300.0
+    """After Ctrl-C or SIGTERM the step is finished, published and saved; the process ends after so long in any case."""
+    deterministic: bool = False
+    """The same seed gives the same weights, bit by bit. On-policy, with the embedded sampler, one request at a time: for
+    debugging, not for speed."""
+    record_samples: bool = True
+    """Keep what is trained on, so that `asyncrl replay` can train again from it."""
     trackers: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
     """Beside `metrics.jsonl`, which is always written."""
     log_rollouts: NonNegativeInt = 2
@@ -133,6 +142,7 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     trainer: TrainerConfig = TrainerConfig()
     publish: PublishConfig = PublishConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     wandb: WandbConfig = WandbConfig()
 

@@ -5,6 +5,7 @@
     │   ├── ConfigError                 a setting, or a combination of settings
     │   ├── DataError                   a dataset, with file and line
     │   ├── ModelError                  a model or tokenizer that cannot be used
+    │   ├── CheckpointError             a checkpoint that cannot be gone on from
     │   └── RolloutContractError        what a rollout function returned, or asked for
     │       └── ContextFull             a context that leaves no room for a completion
     ├── RolloutError                    one rollout failed; the run need not
@@ -17,7 +18,8 @@
         ├── BreakerOpen                 too many rollouts failed in a row: an outage
         ├── SamplerError                the sampler cannot start, or died
         ├── CanaryError                 sampler and trainer disagree after a hot-load
-        ├── TrainerError                out of memory, NaN, an optimizer step that failed
+        ├── TrainerError                the trainer cannot go on
+        │   └── StepFailed              one optimizer step was not taken: out of memory, not finite
         ├── StallError                  nothing moved for `stall_timeout_s`
         └── EvaluationFailed            an evaluation came to no result
 
@@ -45,6 +47,10 @@ class DataError(UserError):
 
 class ModelError(UserError):
     """A model or a tokenizer that cannot be found or used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is not there, is not whole, or belongs to another model or other data."""
 
 
 class RolloutContractError(UserError):
@@ -106,6 +112,10 @@ class CanaryError(EngineError):
 
 class TrainerError(EngineError):
     """The trainer cannot go on."""
+
+
+class StepFailed(TrainerError):
+    """One optimizer step could not be taken. The weights are unchanged, and its gradients are dropped."""
 
 
 class StallError(EngineError):

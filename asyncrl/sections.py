@@ -177,6 +177,8 @@ class SamplerConfig(Section):
     """How long a server may take until it is ready."""
     request_timeout_s: PositiveFloat = 600.0
     """How long one request may take."""
+    outage_timeout_s: PositiveFloat = 300.0
+    """A server that dies or does not answer is started again; the run ends when none has answered for so long."""
 
 
 POLICY_LOSS_NAMES = ("grpo", "importance_sampling", "reinforce", "dapo", "gspo", "gspo_token", "cispo", "dro")
@@ -312,6 +314,9 @@ class TrainerConfig(Section):
     """Where that copy lies, such as "cpu" or "cuda:1". None: with the trained model."""
     share_prompts: bool = True
     """Compute what sequences of a group have in common once instead of once for each. Results do not change."""
+    skip_steps: NonNegativeInt = 2
+    """Optimizer steps in a row that may be given up, because their loss or gradient is not finite or memory ran out.
+    Their groups are rejected; one more ends the run."""
     compile: bool = False
     """Run the model's layers through `torch.compile`: slow first steps, faster later ones on a GPU."""
 
@@ -327,6 +332,24 @@ class PublishConfig(Section):
     """After each hot-load, sampler and trainer must agree on the log-probs of a fixed probe."""
     canary_tolerance: PositiveFloat | None = None
     """Largest difference. None: 1e-3 in float32, 0.25 in bfloat16 (rounding differs from kernel to kernel)."""
+
+
+class CheckpointConfig(Section):
+    """What a run that ends early goes on from: docs/durability.md."""
+
+    interval: NonNegativeInt | None = None
+    """Optimizer steps from one checkpoint to the next. None: as often as it costs less than 1 % of the time, and at
+    most once a minute. 0: none, so that nothing can be resumed."""
+    keep_last: PositiveInt = 2
+    """So many stay; older ones are removed."""
+    keep_every: PositiveInt | None = None
+    """Those whose step is a multiple of it stay too."""
+    final: bool = True
+    """One more when the run ends, however it ends."""
+    init_from: str | None = None
+    """Start at step 0 from the weights of a checkpoint: a run folder (its newest), `RUN:step-000012`, or a path."""
+    timeout_s: PositiveFloat = 2700.0
+    """Longest time until a checkpoint is on the disk."""
 
 
 class EvaluationConfig(Section):

@@ -21,15 +21,16 @@ from dataclasses import dataclass, field
 import anyio
 import structlog
 
-from asyncrl.errors import CanaryError, EngineError, SamplerRequestError, StallError, first_failure
+from asyncrl.errors import SamplerRequestError, StallError, first_failure
 from asyncrl.metrics.lag import LagMeter, watch_lag
+from asyncrl.publication import Publication
 from asyncrl.rollout.batch import Batch, chunk_sizes
 from asyncrl.rollout.concurrency import ConcurrencyController
 from asyncrl.rollout.queue import GroupQueue
 from asyncrl.rollout.scheduler import Scheduler
 from asyncrl.rollout.staleness import Verdict
 from asyncrl.storage.ledger import Ledger
-from asyncrl.types import Group, Load, Probe, Sampler, StepResult, Trainer, TrainSequence, Weights
+from asyncrl.types import Group, Load, Sampler, StepResult, Trainer, TrainSequence
 
 LOAD_EVERY_S = 0.25
 """How often the sampler is asked for its load: short against a rollout, long against the few ms that it costs."""
@@ -58,12 +59,11 @@ class EngineSettings:
 
 @dataclass(slots=True)
 class Times:
-    """Where the wall time of a step went, in seconds. `publish_s` overlaps with the others."""
+    """Where the wall time of a step went, in seconds."""
 
     wait_s: float = 0.0
     train_s: float = 0.0
     publish_wait_s: float = 0.0
-    publish_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -82,20 +82,31 @@ class Engine:
     on_published: Callable[[int], None] = lambda version: None
     step: int = 0
     """Optimizer steps taken."""
-    published: int = 0
-    """The version that is live in the sampler."""
     worst_staleness: int = 0
     stopping: bool = False
     _phase: str = "starting"
     _phase_since: float = 0.0
     _load: Load | None = None
     _times: Times = field(default_factory=Times)
-    _publication: asyncio.Task[None] | None = None
-    _canary_diff: float = 0.0
     _started_at: float = 0.0
     _step_began_at: float = 0.0
     _tokens_seen: int = 0
     _lag: LagMeter = field(default_factory=LagMeter)
+    publication: Publication = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.publication = Publication(
+            self.sampler,
+            self.settings.publish_timeout_s,
+            self.settings.canary_tolerance,
+            on_live=self._went_live,
+            on_failed=self.scheduler.stop,
+        )
+
+    @property
+    def published(self) -> int:
+        """The version that is live in the sampler."""
+        return self.publication.live
 
     async def run(self) -> None:
         """Train until the data ends, `max_steps` is reached, or `stop` is called.
@@ -115,7 +126,7 @@ class Engine:
         except BaseExceptionGroup as group:
             raise first_failure(group) from None
         finally:
-            await self._end_publication()
+            await self.publication.cancel()
 
     def stop(self) -> None:
         """Finish the step under way, publish it, and end."""
@@ -224,76 +235,20 @@ class Engine:
             self._enter(f"exporting version {self.step}")
             weights = await self.trainer.save_weights_for_sampler()
         assert weights.version == self.step
-        self._publication = asyncio.create_task(self._go_live(weights), name=f"asyncrl hot-load of {self.step}")
-        self._publication.add_done_callback(self._publication_ended)
-
-    async def _go_live(self, weights: Weights) -> None:
-        began = _now()
-        await self.hot_load(weights)
-        self._times.publish_s += _now() - began
-        self.published = weights.version
-        self.scheduler.published(weights.version)
-        self.on_published(weights.version)
-
-    async def hot_load(self, weights: Weights) -> None:
-        """Bring `weights` into the sampler, and have the canary look at them.
-
-        Raises:
-            EngineError: it took longer than `publish.timeout_s`, or the canary died.
-        """
-        limit = self.settings.publish_timeout_s
-        try:
-            async with asyncio.timeout(limit):
-                await self.sampler.publish(weights)
-                if weights.probe is not None:
-                    await self.check_canary(weights.probe, weights.version)
-        except TimeoutError:
-            raise EngineError(
-                f"the hot-load of version {weights.version} took longer than publish.timeout_s={limit:g} s. "
-                "The sampler's log may say why; raise the limit if the model is that large."
-            ) from None
-
-    async def check_canary(self, probe: Probe, version: int) -> None:
-        """Sampler and trainer must agree on the log-probs of the probe.
-
-        Raises:
-            CanaryError: with both numbers.
-        """
-        tolerance = self.settings.canary_tolerance
-        if tolerance is None:
-            return
-        scored = await self.sampler.score(probe.tokens, version)
-        worst = max(range(len(scored)), key=lambda t: abs(scored[t] - probe.logprobs[t]))
-        self._canary_diff = abs(scored[worst] - probe.logprobs[worst])
-        if not self._canary_diff <= tolerance:
-            raise CanaryError(
-                f"sampler and trainer disagree about version {version}: token {worst + 1} of the probe has log-prob "
-                f"{scored[worst]:.5f} in the sampler and {probe.logprobs[worst]:.5f} in the trainer, more than "
-                f"{tolerance:g} apart. The weights did not arrive as they were sent, or the two load different "
-                "models. Nothing drawn from them can be trusted, so the run ends."
-            )
-
-    def _publication_ended(self, task: asyncio.Task[None]) -> None:
-        """A publication that failed ends the run at once, not at the next publication."""
-        if not task.cancelled() and task.exception() is not None:
-            self.scheduler.stop()
+        self.publication.start(weights)
 
     async def _published(self) -> None:
-        if self._publication is not None:
-            self._enter(f"waiting for the hot-load after step {self.published}")
-            publication, self._publication = self._publication, None
-            await publication
+        self._enter(f"waiting for the hot-load after step {self.published}")
+        await self.publication.ended()
 
-    async def _end_publication(self) -> None:
-        if self._publication is not None:
-            self._publication.cancel()
-            await asyncio.wait([self._publication])
+    def _went_live(self, version: int) -> None:
+        self.scheduler.published(version)
+        self.on_published(version)
 
     # What may go wrong
 
     def _raise_failure(self) -> None:
-        if self._publication is not None and self._publication.done():
-            self._publication.result()
+        self.publication.raise_failure()
         if self.scheduler.failed.done():
             self.scheduler.failed.result()
 
@@ -378,6 +333,7 @@ class Engine:
         now = _now()
         counts, times = self.scheduler.take_counts(), self._times
         step_s, self._step_began_at, self._times = now - self._step_began_at, now, Times()
+        publish_s, self.publication.seconds = self.publication.seconds, 0.0
         tokens, self._tokens_seen = self._generated() - self._tokens_seen, self._generated()
         rewards = [reward for group in batch.trained for reward in group.rewards]
         trained_mean = sum(rewards) / len(rewards) if rewards else math.nan
@@ -390,7 +346,7 @@ class Engine:
             "wait_s": times.wait_s,
             "train_s": times.train_s,
             "publish_wait_s": times.publish_wait_s,
-            "publish_s": times.publish_s,
+            "publish_s": publish_s,
             "loop_lag_s": self._lag.take(),
             "reward_mean": counts.reward_sum / counts.reward_count if counts.reward_count else trained_mean,
             "reward_trained_mean": trained_mean,
@@ -413,7 +369,7 @@ class Engine:
             "stale_dropped": counts.stale,
             "tokens_generated": tokens,
             "rollouts_finished": counts.rollouts,
-            "canary_diff": self._canary_diff,
+            "canary_diff": self.publication.canary_diff,
             **result.metrics,
         }
         self.on_gauges(self.gauges())

@@ -284,10 +284,10 @@ class _TrainingRun:
         A warm start is version 0 too: until it is loaded, the sampler holds the bare base model.
         """
         if self.config.lora.warm_start is not None:
-            await engine.hot_load(await trainer.save_weights_for_sampler())
+            await engine.publication.hot_load(await trainer.save_weights_for_sampler())
         tokens = tuple((7 * i + 3) % self.facts.vocabulary for i in range(PROBE_TOKENS))
         logprobs = (await trainer.forward([tokens]))[0]
-        await engine.check_canary(Probe(tokens, tuple(logprobs)), 0)
+        await engine.publication.check_canary(Probe(tokens, tuple(logprobs)), 0)
 
     async def _evaluate(self, measure: Callable[[], Awaitable[Evaluated | None]]) -> Evaluated | None:
         return None if self.interrupt.requested else await measure()

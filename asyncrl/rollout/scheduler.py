@@ -346,7 +346,7 @@ class Scheduler:
     async def _call(self, member: Member) -> RolloutRun | None:
         group, draw = member.group, member.group.draw
         pinned = self.live_version() if self.settings.pin_version else None
-        policy = self.make_policy(f"{group.sequence}-{member.index}-{member.attempt}", pinned)
+        policy = self.make_policy(f"{draw.epoch}.{draw.index}.{member.index}.{member.attempt}", pinned)
         prompt = Prompt(
             draw.row,
             policy=policy,

@@ -40,7 +40,8 @@ def assemble(
 ) -> Engine:
     """An engine that is ready to `run`. The sampler and the trainer must have been entered."""
     hard = config.staleness.policy == "wait"
-    queue = GroupQueue(config.prompt_groups_per_step, config.staleness.max_staleness if hard else None)
+    bound = config.staleness.max_staleness if hard else None
+    queue = GroupQueue(config.prompt_groups_per_step, bound, in_order=config.deterministic)
     slots = controller(config.concurrency)
     guests = Guests(slots, config.evaluation.concurrency)
     ledger = Ledger(write_ledger)
@@ -94,6 +95,7 @@ def engine_settings(config: Config, canary_tolerance: float | None) -> EngineSet
         canary_tolerance=canary_tolerance,
         stall_timeout_s=config.stall_timeout_s,
         max_steps=config.max_steps,
+        skip_steps=config.trainer.skip_steps,
     )
 
 

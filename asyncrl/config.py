@@ -177,6 +177,7 @@ class Config(Section):
         self._check_staleness()
         self._check_rollouts()
         self._check_sampler()
+        self._check_determinism()
         return self
 
     def _check_loss(self) -> None:
@@ -269,6 +270,25 @@ class Config(Section):
             raise ValueError(
                 "sampler.version_policy='per_rollout' needs several versions side by side, which vLLM has for LoRA "
                 "adapters only. Set lora.rank, use version_policy='per_turn', or sampler.kind='transformers'."
+            )
+
+    def _check_determinism(self) -> None:
+        if not self.deterministic:
+            return
+        if self.staleness.max_staleness:
+            raise ValueError(
+                f"deterministic is set, but staleness.max_staleness is {self.staleness.max_staleness}: which weights "
+                "draw a token depends on how fast the machine is. Set staleness.max_staleness=0."
+            )
+        if self.sampler.kind == "vllm" or self.sampler.urls or self.sampler.replicas > 1:
+            raise ValueError(
+                "deterministic is set, but vLLM rounds differently for every batch that requests happen to share. Use "
+                "sampler.kind='transformers', and leave sampler.urls and sampler.replicas out."
+            )
+        if self.signal_patience_groups is not None:
+            raise ValueError(
+                "deterministic is set, but signal_patience_groups looks at groups in the order in which they end, "
+                "which depends on how fast the machine is. Leave it out, and set max_steps."
             )
 
     @field_validator("export_name")

@@ -6,6 +6,7 @@ JSONL | list of dicts | datasets.Dataset  ->  Rows  ->  PromptStream  ->  Draw  
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import random
 from collections import deque
@@ -19,6 +20,9 @@ from asyncrl.errors import DataError
 if TYPE_CHECKING:
     from asyncrl.agents.policy import Policy
     from asyncrl.config import DataConfig
+
+
+FINGERPRINT_ROWS = 1000
 
 
 class Rows(Protocol):
@@ -74,6 +78,18 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
             )
         rows.append(row)
     return rows
+
+
+def fingerprint(rows: Rows) -> str:
+    """Tells one dataset from another: their number, and what stands in them. Of long ones, rows spread over it all."""
+    count = len(rows)
+    digest = hashlib.sha256(str(count).encode())
+    for index in range(0, count, max(1, count // FINGERPRINT_ROWS)):
+        row: Any = rows[index]
+        named = {str(name): value for name, value in row.items()} if isinstance(row, Mapping) else type(row).__name__
+        # An object has a type that lasts, and perhaps an address that does not.
+        digest.update(json.dumps(named, sort_keys=True, default=lambda value: type(value).__name__).encode())
+    return digest.hexdigest()[:16]
 
 
 def _around(line: str, position: int) -> str:
@@ -180,12 +196,16 @@ class PromptStream:
         self._shuffle = config.shuffle
         self._seed = seed
         self._returned: deque[Draw] = deque()
-        self._cursor = cursor or Cursor()
-        self._order = self._order_of(self._cursor.epoch)
+        self.go_on(cursor or Cursor())
 
     @property
     def cursor(self) -> Cursor:
         return self._cursor
+
+    def go_on(self, cursor: Cursor) -> None:
+        """Stand where an earlier life of the run stood."""
+        self._cursor = cursor
+        self._order = self._order_of(cursor.epoch)
 
     def __len__(self) -> int:
         """Draws of the whole run."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,8 @@ def choose_sampler(config: Config) -> tuple[Literal["vllm", "transformers"], str
         return "vllm", "sampler.urls are given"
     if config.sampler.kind != "auto":
         return config.sampler.kind, "sampler.kind says so"
+    if config.deterministic:
+        return "transformers", "deterministic"
     if device_type(config) != "cuda":
         return "transformers", "the model is trained on no CUDA device, and the embedded sampler needs no server"
     return auto_sampler(inspect_installation())
@@ -51,11 +53,14 @@ def device_type(config: Config) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def torch_threads() -> int:
+def torch_threads(config: Config) -> int:
     """Threads of torch for either end: on a CPU the sampler and the trainer work at the same time, half the cores each.
 
     More than that is not merely useless: threads that spin for a core that another holds slow a step 20 times.
+    One where every bit counts: sums are cut by threads, and machines differ in their cores.
     """
+    if config.deterministic:
+        return 1
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, cores // 2)
 
@@ -76,9 +81,29 @@ async def open_sampler(config: Config, facts: ModelFacts, run_dir: Path) -> Asyn
     else:
         from asyncrl.sampling.transformers import TransformersSampler
 
-        sampler = TransformersSampler.from_config(config, torch_threads=torch_threads())
-    async with sampler:
-        yield sampler
+        sampler = TransformersSampler.from_config(config, torch_threads=torch_threads(config))
+    with _exact_kernels(config):
+        async with sampler:
+            yield sampler
+
+
+@contextmanager
+def _exact_kernels(config: Config) -> Iterator[None]:
+    """Where every bit counts, none of the kernels that sum in another order each time; torch names those that have no
+    other. On a CPU a single thread is enough.
+    """
+    if not config.deterministic or device_type(config) == "cpu":
+        yield
+        return
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS at its first call
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def split_adapter(config: Config) -> tuple[Config, Path | None]:

@@ -17,11 +17,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import anyio
 import structlog
 
-from asyncrl.errors import SamplerRequestError, StallError, first_failure
+from asyncrl.errors import SamplerRequestError, StallError, StepFailed, TrainerError, first_failure
 from asyncrl.metrics.lag import LagMeter, watch_lag
 from asyncrl.publication import Publication
 from asyncrl.rollout.batch import Batch, chunk_sizes
@@ -29,8 +30,12 @@ from asyncrl.rollout.concurrency import ConcurrencyController
 from asyncrl.rollout.queue import GroupQueue
 from asyncrl.rollout.scheduler import Scheduler
 from asyncrl.rollout.staleness import Verdict
+from asyncrl.run_state import capture
 from asyncrl.storage.ledger import Ledger
 from asyncrl.types import Group, Load, Sampler, StepResult, Trainer, TrainSequence
+
+if TYPE_CHECKING:
+    from asyncrl.checkpointing import Checkpointer
 
 LOAD_EVERY_S = 0.25
 """How often the sampler is asked for its load: short against a rollout, long against the few ms that it costs."""
@@ -55,6 +60,8 @@ class EngineSettings:
     """None: no canary."""
     stall_timeout_s: float
     max_steps: int | None
+    skip_steps: int = 0
+    """Steps in a row that may fail."""
 
 
 @dataclass(slots=True)
@@ -64,6 +71,7 @@ class Times:
     wait_s: float = 0.0
     train_s: float = 0.0
     publish_wait_s: float = 0.0
+    checkpoint_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -84,11 +92,18 @@ class Engine:
     """Optimizer steps taken."""
     worst_staleness: int = 0
     stopping: bool = False
+    taken: list[Group] = field(default_factory=list)
+    """Groups of the step under way: out of the queue, and not trained yet."""
+    checkpoints: Checkpointer | None = None
+    on_failed_step: Callable[[Batch, StepFailed], None] = lambda batch, error: None
+    _failed_steps: int = 0
+    """In a row."""
     _phase: str = "starting"
     _phase_since: float = 0.0
     _load: Load | None = None
     _times: Times = field(default_factory=Times)
-    _started_at: float = 0.0
+    _started_at: float | None = None
+    _elapsed_before_s: float = 0.0
     _step_began_at: float = 0.0
     _tokens_seen: int = 0
     _lag: LagMeter = field(default_factory=LagMeter)
@@ -114,7 +129,8 @@ class Engine:
         Raises:
             EngineError: whatever ends the run early, the first cause.
         """
-        self._started_at = self._step_began_at = _now()
+        self._step_began_at = _now()
+        self._started_at = _now() - self._elapsed_before_s
         try:
             async with self.scheduler, anyio.create_task_group() as helpers:
                 helpers.start_soon(self._watch_load, name="asyncrl load monitor")
@@ -133,52 +149,77 @@ class Engine:
         self.stopping = True
         self.scheduler.stop()
 
+    def go_on(self, step: int, *, elapsed_s: float, worst_staleness: int) -> None:
+        """Start where an earlier life of the run had come to. The weights of `step` must be live."""
+        self.step, self.worst_staleness, self._elapsed_before_s = step, worst_staleness, elapsed_s
+        if self.settings.sync_interval:
+            self.publication.live = step
+
+    def elapsed_s(self) -> float:
+        """Seconds of training, over all lives of the run."""
+        return _now() - self._started_at if self._started_at is not None else self._elapsed_before_s
+
     # The loop
 
     async def _train(self) -> None:
         while not self._done():
-            batch = await self._collect()
-            if batch is None:
-                break
-            result = await self._optimize(batch)
+            batch = self._new_batch()
+            try:
+                if not await self._collect(batch):
+                    break
+                result = await self._optimize(batch)
+            except StepFailed as error:
+                self._give_up(batch, error)
+                continue
             if result is not None:
-                await self._publish_if_due()
-                self._report(batch, result)
+                await self._step_taken(batch, result)
         await self._published()
         if self.published < self.step and self.settings.sync_interval:
             await self._publish()
             await self._published()
 
+    async def _step_taken(self, batch: Batch, result: StepResult) -> None:
+        state = capture(self) if self.checkpoints is not None and self.checkpoints.due(self.step) else None
+        await self._publish_if_due()
+        self._report(batch, result)
+        if self.checkpoints is not None and state is not None:
+            self._enter(f"taking a snapshot of step {self.step} for a checkpoint")
+            with self._timed("checkpoint_s"):
+                await self.checkpoints.save(state)
+
     def _done(self) -> bool:
         return self.stopping or (self.settings.max_steps is not None and self.step >= self.settings.max_steps)
 
-    async def _collect(self) -> Batch | None:
-        """One optimizer batch, each chunk trained as soon as it is full. None: nothing is left to train."""
-        s = self.settings
-        batch = Batch(self.step, s.max_staleness, s.on_stale, s.hard_bound)
+    def _new_batch(self) -> Batch:
         self.queue.order.begin_batch(self.step)
-        for size in chunk_sizes(s.groups_per_step, s.chunks_per_step):
+        return Batch(self.step, self.settings.max_staleness, self.settings.on_stale, self.settings.hard_bound)
+
+    async def _collect(self, batch: Batch) -> bool:
+        """Fill the batch, each chunk trained as soon as it is full. False: nothing is left to train."""
+        for size in chunk_sizes(self.settings.groups_per_step, self.settings.chunks_per_step):
             groups = await self._take(batch, size)
-            sequences = [sequence for group in groups for sequence in batch.add(group)]
-            if sequences:
+            if self.stopping:
+                break
+            if sequences := batch.add(groups):
                 await self._forward_backward(sequences)
             if len(groups) < size:
                 break
         self._raise_failure()
-        return None if self.stopping or not batch.groups else batch
+        return bool(self.taken) and not self.stopping
 
     async def _take(self, batch: Batch, size: int) -> list[Group]:
         """The next groups, oldest first; fewer than `size` only when no more will come."""
         groups: list[Group] = []
         with self._timed("wait_s"):
             while len(groups) < size:
-                self._enter(f"waiting for group {len(batch.groups) + len(groups) + 1} of step {self.step + 1}")
+                self._enter(f"waiting for group {len(self.taken) + 1} of step {self.step + 1}")
                 group = await self.queue.take()
                 if group is None:
                     break
                 verdict = batch.verdict(group)
                 if verdict in ("train", "mask"):
                     groups.append(group)
+                    self.taken.append(group)
                 else:
                     self._send_away(group, requeue=verdict == "requeue")
         return groups
@@ -202,6 +243,7 @@ class Engine:
             for group in batch.groups:
                 self.ledger.filtered((group.epoch, group.row))
                 self.scheduler.budget.leave()
+            self.taken.clear()
             self.scheduler.pump()
             return None
         self._enter(f"training step {self.step + 1}: optimizer")
@@ -217,7 +259,29 @@ class Engine:
             else:
                 self.ledger.filtered(key)
         self.scheduler.budget.trained(len(batch.groups), self.step)
+        self.taken.clear()
+        self._failed_steps = 0
         return result
+
+    def _give_up(self, batch: Batch, error: StepFailed) -> None:
+        """The step was not taken: its groups are rejected, and training goes on with others.
+
+        Raises:
+            TrainerError: it was one too many in a row.
+        """
+        self._failed_steps += 1
+        self.on_failed_step(batch, error)
+        if self._failed_steps > self.settings.skip_steps:
+            raise TrainerError(
+                f"{self._failed_steps} optimizer steps in a row could not be taken (trainer.skip_steps is "
+                f"{self.settings.skip_steps}). The last one: {error}"
+            ) from error
+        for group in self.taken:
+            self.ledger.rejected((group.epoch, group.row), f"step {self.step + 1} failed: {error}")
+            self.scheduler.budget.leave()
+        self.scheduler.counts.rejected += len(self.taken)
+        self.taken.clear()
+        self.scheduler.pump()
 
     # Publication
 
@@ -249,6 +313,8 @@ class Engine:
 
     def _raise_failure(self) -> None:
         self.publication.raise_failure()
+        if self.checkpoints is not None:
+            self.checkpoints.raise_failure()
         if self.scheduler.failed.done():
             self.scheduler.failed.result()
 
@@ -341,12 +407,13 @@ class Engine:
             **self.gauges(),
             **self.slots.step_completed(),
             "step": self.step,
-            "time_s": now - self._started_at,
+            "time_s": self.elapsed_s(),
             "step_s": step_s,
             "wait_s": times.wait_s,
             "train_s": times.train_s,
             "publish_wait_s": times.publish_wait_s,
             "publish_s": publish_s,
+            "checkpoint_s": times.checkpoint_s,
             "loop_lag_s": self._lag.take(),
             "reward_mean": counts.reward_sum / counts.reward_count if counts.reward_count else trained_mean,
             "reward_trained_mean": trained_mean,

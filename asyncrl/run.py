@@ -237,7 +237,7 @@ class _TrainingRun:
                 total_steps=self.total_steps,
                 weights_format="files" if kind == "vllm" else "tensors",
                 publish_folder=published,
-                torch_threads=torch_threads(),
+                torch_threads=torch_threads(self.config),
             )
         )
         return trainer, await stack.enter_async_context(open_sampler(self.config, self.facts, self.folder.root))
@@ -376,6 +376,7 @@ async def _open_policy(config: Config, facts: ModelFacts, sampler: Sampler) -> A
             load_tokenizer=lambda: load_tokenizer(config.model),
             chat=config.chat,
             endpoint=endpoint,
+            seed=config.seed if config.deterministic else None,
         )
 
 

@@ -339,7 +339,7 @@ class CheckpointConfig(Section):
 
     interval: NonNegativeInt | None = None
     """Optimizer steps from one checkpoint to the next. None: as often as it costs less than 1 % of the time, and at
-    most once a minute. 0: none, so that nothing can be resumed."""
+    most once a minute. 0: none on the way, so that a run that is killed starts again."""
     keep_last: PositiveInt = 2
     """So many stay; older ones are removed."""
     keep_every: PositiveInt | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -46,6 +48,7 @@ class PolicyContext:
         load_tokenizer: Callable[[], Any],
         chat: ChatConfig | None = None,
         endpoint: Endpoint | None = None,
+        seed: int | None = None,
     ) -> None:
         self.sampler = sampler
         self.params = params
@@ -55,6 +58,8 @@ class PolicyContext:
         self.chat = chat or ChatConfig()
         self.endpoint = endpoint
         """Where agent programs reach the policy; None: nowhere."""
+        self.seed = seed
+        """Every request is drawn from a seed made of this, its rollout and its tokens; None: the sampler draws freely."""
         self._load_tokenizer = load_tokenizer
         self.totals: Counter[str] = Counter()
         """What happened to transcripts, in all rollouts since the last step record."""
@@ -84,7 +89,7 @@ class Policy:
     Temperature, top-p and top-k are those of `Config.sampling`: the trainer has to know them.
     """
 
-    __slots__ = ("_captured", "_context", "_key", "_pinned", "_session", "oldest_version")
+    __slots__ = ("_asked", "_captured", "_context", "_key", "_pinned", "_session", "oldest_version")
 
     def __init__(self, context: PolicyContext, session: str | int, version: int | None = None) -> None:
         self._context = context
@@ -92,6 +97,7 @@ class Policy:
         self._pinned = version
         self._captured: Conversation | None = None
         self._key: str | None = None
+        self._asked: Counter[bytes] | None = None
         self.oldest_version: int | None = None
         """The oldest weights that drew a token for this handle; None before the first."""
 
@@ -147,6 +153,8 @@ class Policy:
         if limit != params.max_tokens or stop_token_ids is not None:
             stops = params.stop_token_ids if stop_token_ids is None else tuple(stop_token_ids)
             params = replace(params, max_tokens=limit, stop_token_ids=stops)
+        if context.seed is not None:
+            params = replace(params, seed=self._seed_of(context.seed, token_ids))
         completion = await context.sampler.generate(SampleRequest(token_ids, params, str(self._session), self._pinned))
         if completion.finish_reason == "abort":
             raise SamplerRequestError(
@@ -156,6 +164,19 @@ class Policy:
         if oldest is not None and (self.oldest_version is None or oldest < self.oldest_version):
             self.oldest_version = oldest
         return completion
+
+    def _seed_of(self, seed: int, token_ids: Sequence[int]) -> int:
+        """Below 2**63. Requests of one rollout that are under way at once come in any order, so a request is known by
+        what it asks, and by how often that was asked before.
+        """
+        name = hashlib.sha256(f"{seed}/{self._session}/".encode())
+        name.update(array("q", token_ids))
+        if self._asked is None:
+            self._asked = Counter()
+        asked = name.digest()
+        name.update(str(self._asked[asked]).encode())
+        self._asked[asked] += 1
+        return int.from_bytes(name.digest()[:8], "little") >> 1
 
     async def score(self, token_ids: Sequence[int], start: int) -> Scored:
         """How likely the policy finds tokens that it need not have drawn: an answer, behind what it has read so far.

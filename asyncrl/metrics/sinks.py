@@ -2,7 +2,8 @@
 
 `write` runs on the event loop once per optimizer step, so a sink must only hand the record over.
 The trackers all send from threads or processes of their own; the file is flushed to the system,
-not to the disk.
+not to the disk. A run that is resumed goes on in the same files (rewind.py has taken back what was undone) and in the
+same run of each tracker.
 """
 
 from __future__ import annotations
@@ -54,11 +55,18 @@ class JsonlSink:
 
 
 class WandbSink:
-    """Weights & Biases. What `where` leaves open its own variables say: `WANDB_PROJECT`, `WANDB_MODE=offline`, ..."""
+    """Weights & Biases. What `where` leaves open its own variables say: `WANDB_PROJECT`, `WANDB_MODE=offline`, ...
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], where: WandbConfig) -> None:
+    Its history cannot be taken back, and drops a step that is lower than the last. So the axis of a chart is the
+    record's own `step`, and a step that was undone and taken again is there twice.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], where: WandbConfig, resumed: bool) -> None:
         wandb = _tracker("wandb", "wandb")
+        known = folder / "wandb" / "run-id"  # `dir` is where wandb makes its folder of that name
         self._run = wandb.init(
+            id=known.read_text(encoding="utf-8").strip() if resumed and known.exists() else None,
+            resume="allow",
             entity=where.entity,
             project=where.project or os.environ.get("WANDB_PROJECT", "asyncrl"),
             name=where.run_name or folder.name,
@@ -66,15 +74,19 @@ class WandbSink:
             config=dict(settings),
             settings=wandb.Settings(console="off"),  # its capture of the terminal and the live view would fight
         )
+        known.parent.mkdir(exist_ok=True)
+        known.write_text(f"{self._run.id}\n", encoding="utf-8")
         self._run.define_metric("eval_*", step_metric="eval_version")
-        self._step = 0
+        self._known: set[str] = set()
 
     def write(self, record: StepRecord) -> None:
-        self._step = int(record["step"])
-        self._run.log(dict(record), step=self._step)
+        for name in record.keys() - self._known - {"step"}:
+            self._run.define_metric(name, step_metric="step")
+        self._known |= record.keys()
+        self._run.log(dict(record))
 
     def evaluated(self, record: StepRecord) -> None:
-        self._run.log(dict(record), step=self._step)  # its steps never go back
+        self._run.log(dict(record))
 
     def close(self) -> None:
         self._run.finish()
@@ -83,11 +95,14 @@ class WandbSink:
 class TensorBoardSink:
     """TensorBoard event files in `tensorboard/`. Written with `tensorboard` alone, so that no torch is loaded."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, resumed_step: int | None) -> None:
         writer = _tracker("tensorboard.summary.writer.event_file_writer", "tensorboard")
         self._events = import_module("tensorboard.compat.proto.event_pb2")
         self._summaries = import_module("tensorboard.compat.proto.summary_pb2")
         self._writer = writer.EventFileWriter(str(folder / "tensorboard"))
+        if resumed_step is not None:  # whoever reads the files forgets what they say from this step on
+            start = self._events.SessionLog(status=self._events.SessionLog.START)
+            self._writer.add_event(self._events.Event(step=resumed_step + 1, session_log=start, wall_time=time.time()))
 
     def write(self, record: StepRecord) -> None:
         self._add(record, int(record["step"]))
@@ -105,12 +120,16 @@ class TensorBoardSink:
 
 
 class TrackioSink:
-    """Trackio: a local, free tracker with the calls of wandb. `TRACKIO_PROJECT` names the project."""
+    """Trackio: a local, free tracker with the calls of wandb. `TRACKIO_PROJECT` names the project.
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    As with wandb, a step that was undone and taken again is there twice.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], resumed: bool) -> None:
         trackio = _tracker("trackio", "trackio")
         project = os.environ.get("TRACKIO_PROJECT", "asyncrl")
-        self._run = trackio.init(project=project, name=folder.name, config=dict(settings))
+        resume = "allow" if resumed else "never"
+        self._run = trackio.init(project=project, name=folder.name, config=dict(settings), resume=resume)
 
     def write(self, record: StepRecord) -> None:
         values = {name: value for name, value in record.items() if name != "step"}  # a word of its own there
@@ -144,9 +163,11 @@ class SinkList:
                 stack.callback(sink.close)
 
 
-def open_sinks(trackers: Sequence[str], folder: Path, config: Config) -> SinkList:
+def open_sinks(trackers: Sequence[str], folder: Path, config: Config, resumed_step: int | None = None) -> SinkList:
     """`metrics.jsonl` and the trackers of `config.trackers`.
 
+    `resumed_step`: the optimizer steps that the run has behind it, where it goes on from a checkpoint; `rewind` has
+    been called. None: it begins.
     Blocks while a tracker starts (wandb: seconds), so call it before the loop does anything.
     Raises `ConfigError` when a tracker is not installed.
     """
@@ -154,21 +175,24 @@ def open_sinks(trackers: Sequence[str], folder: Path, config: Config) -> SinkLis
     with ExitStack() as opened:
         sinks: list[MetricSink] = []
         for name in dict.fromkeys(trackers):
-            sinks.append(_open_tracker(name, folder, settings, config.wandb))
+            sinks.append(_open_tracker(name, folder, settings, config.wandb, resumed_step))
             opened.callback(sinks[-1].close)
         sinks.append(JsonlSink(folder))
         opened.pop_all()
     return SinkList(sinks)
 
 
-def _open_tracker(name: str, folder: Path, settings: Mapping[str, Any], where: WandbConfig) -> MetricSink:
+def _open_tracker(
+    name: str, folder: Path, settings: Mapping[str, Any], where: WandbConfig, resumed_step: int | None
+) -> MetricSink:
+    resumed = resumed_step is not None
     match name:
         case "wandb":
-            return WandbSink(folder, settings, where)
+            return WandbSink(folder, settings, where, resumed)
         case "tensorboard":
-            return TensorBoardSink(folder)
+            return TensorBoardSink(folder, resumed_step)
         case "trackio":
-            return TrackioSink(folder, settings)
+            return TrackioSink(folder, settings, resumed)
     raise ConfigError(f"trackers: there is no tracker {name!r}. Use 'wandb', 'tensorboard' or 'trackio'.")
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from asyncrl.config import Config as EngineConfig
 from asyncrl.config import Section, WandbConfig, explain
 from asyncrl.errors import ConfigError
-from asyncrl.recipes.mapping import SETTINGS, Settings, in_these_words, lay_over, nested
+from asyncrl.recipes.mapping import ALSO, SETTINGS, Settings, in_these_words, lay_over, nested
 
 
 class RecipeConfig(Section):
@@ -55,6 +55,9 @@ class RecipeConfig(Section):
             if not self.is_left_out(name):
                 value = getattr(self, name)
                 nested(settings, path, getattr(value, leaf) if leaf else value)
+        for field, path in ALSO.items():
+            if field in type(self).model_fields:
+                nested(settings, path, getattr(self, field))
         return settings
 
     def is_left_out(self, name: str) -> bool:

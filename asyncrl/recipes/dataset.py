@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from asyncrl.data import Rows
+from asyncrl.data import Cursor, Rows
 from asyncrl.errors import DataError, ModelError
 from asyncrl.recipes.examples import Example
 from asyncrl.recipes.settings import OnTooLong
+
+START = Cursor()
 
 Unit = tuple[Example, ...]
 Encode = Callable[[Mapping[str, Any]], Sequence[Unit]]
@@ -120,19 +122,21 @@ def _take(found: Units, unit: Unit, encoding: Encoding) -> None:
         found.units.append(left)
 
 
-def steps_of(units: int, batch_size: int, epochs: int, max_steps: int | None) -> int:
-    """Optimizer steps of a run: a smaller batch at the end of each epoch counts."""
-    steps = -(-units // batch_size) * epochs
-    return min(steps, max_steps or steps)
+def steps_of(units: int, batch_size: int, epochs: int, start: Cursor = START) -> int:
+    """Optimizer steps from `start` to the end: a smaller batch at the end of each epoch counts."""
+    this_epoch = -(-(units - start.position) // batch_size)
+    return this_epoch + -(-units // batch_size) * (epochs - start.epoch - 1)
 
 
 def batches(
-    units: Sequence[Unit], *, batch_size: int, epochs: int, shuffle: bool, seed: int
-) -> Iterator[tuple[int, list[Unit]]]:
-    """The epoch and the units of each step. Each epoch is shuffled anew from (seed, epoch)."""
-    for epoch in range(epochs):
+    units: Sequence[Unit], *, batch_size: int, epochs: int, shuffle: bool, seed: int, start: Cursor = START
+) -> Iterator[tuple[Cursor, list[Unit]]]:
+    """The units of each step from `start` on, and where the data stand after it. Each epoch is shuffled anew from
+    (seed, epoch)."""
+    for epoch in range(start.epoch, epochs):
         order = list(range(len(units)))
         if shuffle:
             random.Random(f"{seed}/{epoch}").shuffle(order)
-        for start in range(0, len(order), batch_size):
-            yield epoch, [units[index] for index in order[start : start + batch_size]]
+        for place in range(start.position if epoch == start.epoch else 0, len(order), batch_size):
+            batch = [units[index] for index in order[place : place + batch_size]]
+            yield Cursor(epoch, place + len(batch)), batch

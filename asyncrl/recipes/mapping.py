@@ -53,26 +53,23 @@ SETTINGS: Mapping[str, str] = {
     "wandb.entity": "wandb.entity",
     "wandb.project": "wandb.project",
     "wandb.run_name": "wandb.run_name",
+    "dcp_save_interval": "checkpoint.interval",
+    "dcp_timeout": "checkpoint.timeout_s",
+    "save_final_checkpoint": "checkpoint.final",
+    "init_from_checkpoint": "checkpoint.init_from",
     "warm_start_from_adapter": "lora.warm_start",
-    "save_final_checkpoint": "save_model",
     "output_model_id": "export_name",
 }
 """Field of a recipe -> setting of `asyncrl.Config`."""
+
+ALSO: Mapping[str, str] = {"save_final_checkpoint": "save_model"}
+"""A field that is a second setting too, which `engine` may set apart."""
 
 WHEN_GIVEN = frozenset(
     {"kl_beta", "eps_clip", "eps_clip_high", "tis", "grad_accumulation_normalization", "lora_rank", "lora_alpha"}
 )
 """Passed on only when they are given: left out, they are the objective's own (the defaults shown are `grpo`'s), or
 those of the adapter of `warm_start_from_adapter`."""
-
-REFUSED: Mapping[str, str] = {
-    "dcp_save_interval": "checkpoints during a run are not written yet, and no run can be resumed. Leave it at 0: the "
-    "model of the last step is saved when the run ends, after Ctrl-C and after a failure too.",
-    "init_from_checkpoint": "there are no checkpoints to start from yet. Start from saved weights: base_model='<run "
-    "folder>/model' for a full model, warm_start_from_adapter='<run folder>/model' for an adapter. The optimizer "
-    "starts anew.",
-}
-"""Fields that cannot be used yet: why, and what to do instead."""
 
 NO_MEANING: Mapping[str, str] = {
     "infra": "there is no training service here; the model is trained on this machine. `engine={'trainer': {...}}` "
@@ -82,8 +79,7 @@ NO_MEANING: Mapping[str, str] = {
     "deployment": "there is no hosted deployment here; the sampler runs on this machine. `engine={'sampler': {...}}` "
     "has its settings.",
     "weight_sync": "its settings are fields of the recipe itself: weight_sync_interval, weight_sync_timeout, "
-    "dcp_save_interval.",
-    "dcp_timeout": "no checkpoint travels to a storage service.",
+    "dcp_save_interval, dcp_timeout.",
     "first_checkpoint_type": "a hot-load always carries whole weights, or a whole adapter.",
     "weight_sync_before_training": "sampler and trainer load the same files, the canary compares the two before the "
     "first step, and an adapter of warm_start_from_adapter is hot-loaded then.",
@@ -99,7 +95,10 @@ _NOTES: Mapping[str, str] = {
     "max_incomplete_group_retries": "the missing members are drawn again, not the whole group",
     "log_path": "the run folder; None: `runs/<time>`",
     "output_model_id": "the folder of the trained model in the run folder; None: `model`",
-    "save_final_checkpoint": "the trained model; there is no optimizer state in it",
+    "dcp_save_interval": "0: off, which the run says at its start; None: as often as it costs less than 1 % of the time",
+    "dcp_timeout": "longest time until a checkpoint is on the disk",
+    "save_final_checkpoint": "a last checkpoint, and the trained model (`save_model`)",
+    "init_from_checkpoint": "`RUN`, `RUN:step-000012` or a path: its weights, at step 0, with a new optimizer and new data",
     "kl_beta": "left out: 0.001 for `grpo`, 0 for all others",
     "eps_clip": "left out: the objective's own",
     "eps_clip_high": "left out: the objective's own",
@@ -155,6 +154,5 @@ def mapping_table() -> str:
     """The table of `docs/recipes.md`."""
     rows = ["| recipe | `asyncrl.Config` | |", "|---|---|---|"]
     rows += [f"| `{field}` | `{path}` | {_NOTES.get(field, '')} |" for field, path in SETTINGS.items()]
-    rows += [f"| `{field}` | | not yet: {why} |" for field, why in REFUSED.items()]
     rows += [f"| `{field}` | | no such field: {why} |" for field, why in NO_MEANING.items()]
     return "\n".join(rows)

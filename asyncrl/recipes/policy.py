@@ -14,7 +14,7 @@ from asyncrl.config import Section, WandbConfig
 from asyncrl.data import Rows
 from asyncrl.errors import ConfigError
 from asyncrl.recipes.base import RecipeConfig
-from asyncrl.recipes.mapping import NO_MEANING, REFUSED, WHEN_GIVEN, Settings, engine_paths
+from asyncrl.recipes.mapping import NO_MEANING, WHEN_GIVEN, Settings, engine_paths
 from asyncrl.rollout.factory import is_async, with_extras
 from asyncrl.sections import NonNegativeFloat, NonNegativeInt
 
@@ -76,10 +76,11 @@ class PolicyConfig(RecipeConfig):
     policy_loss: str | Callable[..., Any] = "grpo"
     weight_sync_interval: NonNegativeInt = 1
     weight_sync_timeout: PositiveFloat = 600.0
-    dcp_save_interval: NonNegativeInt = 0
+    dcp_save_interval: NonNegativeInt | None = 0
+    dcp_timeout: PositiveFloat = 2700.0
+    save_final_checkpoint: bool = True
     init_from_checkpoint: str | None = None
     warm_start_from_adapter: Path | None = None
-    save_final_checkpoint: bool = True
     output_model_id: str | None = None
 
     @model_validator(mode="before")
@@ -92,9 +93,6 @@ class PolicyConfig(RecipeConfig):
 
     @model_validator(mode="after")
     def _can_be_used(self) -> PolicyConfig:
-        for name, why in REFUSED.items():
-            if value := getattr(self, name):
-                raise ValueError(f"{name} is {value!r}, but {why}")
         most, group = self.max_concurrency_rollout_sample, self.completions_per_prompt
         if most is not None and most < group:
             raise ValueError(

@@ -24,7 +24,7 @@ OWN_SETTINGS: Mapping[str, str] = {
 OF_THE_ADAPTER = frozenset({"lora_rank", "lora_alpha"})
 """Those of `warm_start_from_adapter`, unless they are given: then they must be the same."""
 
-ENGINE_SECTIONS = ("trainer", "optimizer", "lora", "trackers", "wandb")
+ENGINE_SECTIONS = ("trainer", "optimizer", "lora", "checkpoint", "trackers", "wandb", "save_model")
 """The parts of `asyncrl.Config` that training without rollouts has a use for."""
 
 
@@ -72,11 +72,20 @@ class SupervisedConfig(RecipeConfig):
     """The adapter's output is scaled by alpha / rank."""
     warm_start_from_adapter: Path | None = None
     """Folder of a saved `peft` adapter to go on from."""
+    dcp_save_interval: NonNegativeInt | None = None
+    """Optimizer steps from one checkpoint to the next. None: as often as it costs less than 1 % of the time, and at
+    most once a minute. 0: none."""
+    dcp_timeout: PositiveFloat = 2700.0
+    """Longest time until a checkpoint is on the disk, in seconds."""
+    save_final_checkpoint: bool = True
+    """A last checkpoint when the run ends, however it ends; and the trained model."""
+    init_from_checkpoint: str | None = None
+    """Start at step 0 from the weights of a checkpoint: a run folder (its newest), `RUN:step-000012`, or a path."""
     output_model_id: str | None = None
     """Folder of the trained model in the run folder. None: `model`."""
     engine: Mapping[str, Any] = {}
-    """Settings of `asyncrl.Config` that have no name here, from its sections `trainer`, `optimizer` and `lora`, and
-    `trackers`: `{"trainer": {"gradient_checkpointing": True}}`."""
+    """Settings of `asyncrl.Config` that have no name here, from its sections `trainer`, `optimizer`, `lora` and
+    `checkpoint`, and `trackers`: `{"trainer": {"gradient_checkpointing": True}}`."""
 
     @model_validator(mode="after")
     def _engine_has_a_use(self) -> SupervisedConfig:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from asyncrl.errors import ConfigError
 from asyncrl.functions import is_reference, load_function
+from asyncrl.rollout.contract import LARGEST
 from asyncrl.rollout.failures import users_traceback
 
 T = TypeVar("T")
@@ -61,10 +62,10 @@ def advantage_function(choice: str | Advantage) -> Advantage:
 
     def checked(rewards: list[float]) -> list[float]:
         advantages = ask("advantage", lambda: [float(advantage) for advantage in choice(list(rewards))], rewards)
-        if len(advantages) != len(rewards) or not all(map(math.isfinite, advantages)):
+        if len(advantages) != len(rewards) or not all(abs(a) <= LARGEST for a in advantages):
             raise ConfigError(
                 f"the advantage function returned {advantages} for the rewards {rewards}. "
-                "Expected one finite number for each reward."
+                f"Expected one finite number for each reward, at most {LARGEST:g} in size."
             )
         return advantages
 
@@ -79,7 +80,7 @@ def ask(setting: str, call: Callable[[], T], rewards: list[float]) -> T:
     """
     try:
         return call()
-    except Exception as error:  # whatever it is, it is that function's, and ends the run under its name
+    except BaseException as error:  # whatever it is, it is that function's, and ends the run under its name
         raise ConfigError(
             f"the function of `{setting}` failed for the rewards {rewards}:\n{users_traceback(error)}"
         ) from error

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import chain, compress
 
 from asyncrl.rollout.staleness import Verdict, judge, mask_stale
 from asyncrl.rollout.turns import turn_rewards
@@ -69,9 +69,14 @@ class Batch:
     on_stale: Verdict
     hard: bool
     """Assert that no token is over the bound when it is handed over."""
-    groups: list[Group] = field(default_factory=list)
+    chunks: list[list[Group]] = field(default_factory=list)
+    """What is trained at once, in this order."""
     sequences: int = 0
     staleness: StalenessStats = field(default_factory=StalenessStats)
+
+    @property
+    def groups(self) -> list[Group]:
+        return list(chain.from_iterable(self.chunks))
 
     @property
     def trained(self) -> list[Group]:
@@ -93,12 +98,14 @@ class Batch:
             return "drop"
         return verdict
 
-    def add(self, group: Group) -> list[TrainSequence]:
-        """Take the group in. Returns its sequences, tokens over the bound masked where that was asked for."""
-        self.groups.append(group)
-        if not group.advantages:
-            return []
-        sequences = list(self._sequences(group))
+    def add(self, groups: Iterable[Group]) -> list[TrainSequence]:
+        """Take a chunk in. Returns its sequences, tokens over the bound masked where that was asked for.
+
+        They come in the order of admission: which rollout was the faster one must not change a sum of floats.
+        """
+        chunk = sorted(groups, key=lambda group: group.sequence)
+        self.chunks.append(chunk)
+        sequences = [sequence for group in chunk if group.advantages for sequence in self._sequences(group)]
         self.sequences += len(sequences)
         return sequences
 

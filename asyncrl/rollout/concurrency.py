@@ -15,6 +15,7 @@ size that was too large and comes back to it slowly, so that it settles instead 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,6 +73,12 @@ class ConcurrencyController(Protocol):
     def step_completed(self) -> dict[str, float]:
         """Metrics since the last call."""
 
+    def learned(self) -> dict[str, float | None]:
+        """What it knows of the sampler, as a checkpoint holds it."""
+
+    def go_on(self, learned: Mapping[str, float | None]) -> None:
+        """Start from what an earlier life of the run had `learned`. Nothing is in flight yet."""
+
 
 @dataclass(slots=True)
 class _Slots:
@@ -124,6 +131,12 @@ class FixedWindow:
     def step_completed(self) -> dict[str, float]:
         return self._slots.metrics(self.window_size)
 
+    def learned(self) -> dict[str, float | None]:
+        return {}
+
+    def go_on(self, learned: Mapping[str, float | None]) -> None:
+        """A fixed window learns nothing."""
+
 
 class AdaptiveWindow:
     """Owns a window that follows the sampler. `reason` says why it last changed."""
@@ -170,6 +183,18 @@ class AdaptiveWindow:
         record = self._slots.metrics(self.window_size) | {"window_changes": float(self._changes)}
         self._changes = 0
         return record
+
+    def learned(self) -> dict[str, float | None]:
+        ceiling = self._ceiling if math.isfinite(self._ceiling) else None
+        return {"window": self._window, "ceiling": ceiling, "congested": float(self._congested)}
+
+    def go_on(self, learned: Mapping[str, float | None]) -> None:
+        window, ceiling = learned.get("window"), learned.get("ceiling")
+        if window is not None:
+            self._window = min(max(window, float(self._min)), float(self._max))
+            self._congested = bool(learned.get("congested"))
+            self._ceiling = math.inf if ceiling is None else ceiling
+            self.reason = "as before the resume"
 
     def observe(self, load: Load, now: float) -> None:
         last, self._last = self._last or load, load

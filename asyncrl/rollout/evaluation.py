@@ -12,10 +12,10 @@ import structlog
 
 from asyncrl.config import RolloutConfig
 from asyncrl.data import Prompt, Rows
-from asyncrl.errors import BreakerOpen, RolloutContractError, RolloutFailed, first_failure
+from asyncrl.errors import BreakerOpen, RolloutFailed, first_failure
 from asyncrl.rollout.contract import Contract
 from asyncrl.rollout.estimate import EvalResult
-from asyncrl.rollout.failures import Breaker, FailurePolicy, Verdict, is_ours, leaves, users_traceback
+from asyncrl.rollout.failures import Breaker, FailurePolicy, Verdict, describe, fatal, is_ours, leaves
 from asyncrl.rollout.limited import call
 from asyncrl.rollout.scheduler import PolicyFactory, RolloutFn
 from asyncrl.types import EvaluatedRun, RolloutRun
@@ -123,16 +123,16 @@ class _Measurement:
         prompt = Prompt(
             rows[index], policy=policy, index=index, rollout_index=sample, evaluation=True, seed=evaluator.seed
         )
+
+        async def drawn(prompt: Prompt) -> RolloutRun | None:
+            result = await evaluator.rollout(prompt)
+            return None if result is None else evaluator.contract.check(result, oldest=0, newest=1 << 62)
+
         try:
-            outcome = await call(evaluator.rollout, prompt, name, evaluator.settings.timeout_s)
+            outcome = await call(drawn, prompt, name, evaluator.settings.timeout_s)
         finally:
             policy.close()
-        if outcome.error is not None or outcome.value is None:
-            return outcome.error
-        try:
-            return evaluator.contract.check(outcome.value, oldest=0, newest=1 << 62)
-        except RolloutContractError as error:
-            return error
+        return outcome.value if outcome.error is None else outcome.error
 
     def _judge(self, error: BaseException, index: int, attempt: int) -> bool:
         """Whether the rollout is lost (else it is drawn again). Raises what ends the evaluation."""
@@ -140,13 +140,11 @@ class _Measurement:
         if is_ours(error):
             raise next(filter(is_ours, leaves(error)))
         if self.failures.judge(error) is Verdict.FATAL:
-            if isinstance(error, RolloutContractError):
-                raise RolloutFailed(f"{where} returned a sample that cannot be used:\n{error}") from error
-            raise RolloutFailed(f"{where} failed:\n{users_traceback(error)}") from error
-        log.info("an evaluation rollout failed", row=index, error=repr(error), retries=self.failures.retries)
+            raise fatal(where, error, budget_spent=self.failures.budget_spent) from error
+        log.info("an evaluation rollout failed", row=index, error=describe(error), retries=self.failures.retries)
         if attempt < self.failures.retries:
             return False
         outage = self.breaker.lost()
         if outage is not None:
-            raise BreakerOpen(f"{outage} in the evaluation. The last: {type(error).__name__}: {error}") from error
+            raise BreakerOpen(f"{outage} in the evaluation. The last: {describe(error)}") from error
         return True

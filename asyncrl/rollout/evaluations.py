@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,26 @@ class Evaluated:
             record |= {f"eval_pass_at_{k}": estimate.mean for k, estimate in self.result.passes().items()}
             record |= {"eval_rollouts": float(self.result.n), "eval_failed": float(self.result.failed)}
         return record | {f"eval_{name}": float(number) for name, number in self.numbers.items()}
+
+    def as_json(self) -> dict[str, Any]:
+        result = None
+        if self.result is not None:
+            result = {"rewards": list(self.result.per_row.items()), "failed": self.result.failed}
+        return {
+            "versions": [self.version, self.newest_version],
+            "seconds": self.seconds,
+            "result": result,
+            "numbers": dict(self.numbers),
+        }
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Evaluated:
+        """What `as_json` gave."""
+        result = found["result"]
+        if result is not None:
+            result = EvalResult({row: list(rewards) for row, rewards in result["rewards"]}, result["failed"])
+        version, newest = found["versions"]
+        return cls(version, newest, found["seconds"], result, found["numbers"])
 
     def __str__(self) -> str:
         """One line for whoever watches the run."""
@@ -286,6 +306,15 @@ class Evaluations:
         return found
 
     # How things stand
+
+    def found(self) -> list[dict[str, Any]]:
+        """What all of them found, as a checkpoint holds it."""
+        return [evaluated.as_json() for evaluated in self.done]
+
+    def go_on(self, found: Sequence[Mapping[str, Any]]) -> None:
+        """Start from what an earlier life of the run had `found`."""
+        self.done = [Evaluated.from_json(evaluated) for evaluated in found]
+        self._last_due = max((evaluated.version for evaluated in self.done), default=0)
 
     @property
     def best(self) -> Evaluated | None:

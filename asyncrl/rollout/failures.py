@@ -10,6 +10,8 @@ import traceback
 from collections import deque
 from enum import Enum
 from pathlib import Path
+from reprlib import Repr
+from typing import Any
 
 from asyncrl.config import RolloutConfig
 from asyncrl.errors import (
@@ -29,6 +31,15 @@ _RETRYABLE_STATUS = frozenset({408, 429})
 # Client libraries of agents are not imported here, so their connection errors are known by name.
 _CONNECTION_ERRORS = frozenset({"APIConnectionError", "ClientConnectionError", "TransportError", "RequestException"})
 
+LONGEST_VALUE = 160
+LONGEST_MESSAGE = 2_000
+LONGEST_TRACEBACK = 20_000
+"""Characters. An error that carries a page of HTML, or what a model said, shall not bury the log or the terminal."""
+
+_BRIEF = Repr()  # it does not walk through what it will not show
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = _BRIEF.maxset = _BRIEF.maxfrozenset = 8
+_BRIEF.maxstring = _BRIEF.maxother = 120
+
 _CONTEXT_IS_FULL = "context_length_exceeded"
 """The code in the endpoint's answer. Client libraries quote the answer, whatever exception they make of it."""
 
@@ -40,19 +51,60 @@ class Verdict(Enum):
 
 def http_status(error: BaseException) -> int | None:
     """The HTTP status that an aiohttp, httpx, openai or requests error carries."""
-    for carrier in (error, getattr(error, "response", None)):
+    for carrier in (error, _attribute(error, "response")):
         for name in ("status", "status_code"):
-            status = getattr(carrier, name, None)
+            status = _attribute(carrier, name)
             if isinstance(status, int):
                 return status
     return None
 
 
+def _attribute(carrier: object, name: str) -> Any:
+    try:
+        return getattr(carrier, name, None)
+    except Exception:  # a property of somebody else's class: what cannot be read says nothing
+        return None
+
+
+def message(error: BaseException) -> str:
+    """What an exception says, whoever wrote its class; the middle of a long one is left out."""
+    try:
+        text = str(error)
+    except Exception as fault:  # of somebody else's __str__
+        text = f"<no message: its __str__ raised {type(fault).__name__}>"
+    return _cut(text, LONGEST_MESSAGE)
+
+
+def describe(error: BaseException) -> str:
+    """One line: its kind, and what it says."""
+    return f"{type(error).__name__}: {message(error)}"
+
+
+def brief(value: object) -> str:
+    """What a value looks like, short, whoever wrote its class."""
+    try:
+        shown = _BRIEF.repr(value)
+    except Exception:  # of somebody else's __repr__, or a number with more digits than Python prints
+        shown = "<no repr>"
+    return _cut(shown, LONGEST_VALUE)
+
+
+def _cut(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]} ... [{len(text) - most} characters left out] ... {text[len(text) - most // 2 :]}"
+
+
 def leaves(error: BaseException) -> list[BaseException]:
     """The failures that an exception group holds, or the one failure. Task groups wrap what their tasks raise."""
-    if isinstance(error, BaseExceptionGroup):
-        return [leaf for inner in error.exceptions for leaf in leaves(inner)]
-    return [error]
+    found, unseen = [], [error]
+    while unseen:
+        inner = unseen.pop()
+        if isinstance(inner, BaseExceptionGroup):
+            unseen += reversed(inner.exceptions)
+        else:
+            found.append(inner)
+    return found
 
 
 def is_recoverable(error: BaseException) -> bool:
@@ -63,7 +115,7 @@ def is_recoverable(error: BaseException) -> bool:
         return error.recoverable
     if isinstance(error, (RecoverableRolloutError, RolloutTimeout, TimeoutError, ConnectionError)):
         return True
-    if _CONTEXT_IS_FULL in str(error):
+    if _CONTEXT_IS_FULL in message(error):
         return True
     status = http_status(error)
     if status is not None:
@@ -83,7 +135,11 @@ def users_traceback(error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename.startswith(here):
         trace = trace.tb_next
-    return "".join(traceback.format_exception(type(error), error, trace)).strip()
+    try:
+        text = "".join(traceback.format_exception(type(error), error, trace)).strip()
+    except Exception:  # groups within groups without end, or a class that defends itself
+        text = f"{describe(error)} (its traceback cannot be shown)"
+    return _cut(text, LONGEST_TRACEBACK)
 
 
 def fatal(where: str, error: BaseException, *, budget_spent: bool) -> RolloutFailed:
@@ -108,21 +164,22 @@ class FailurePolicy:
         self.retries = config.retries
         self._drop_unknown = config.on_error == "drop"
         self._budget = config.error_budget
-        self._forgiven = 0
+        self.forgiven = 0
+        """Unknown exceptions so far."""
 
     def judge(self, error: BaseException) -> Verdict:
         if is_ours(error) or any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves(error)):
             return Verdict.FATAL  # Ctrl-C reaches whatever runs, where no handler of ours is installed: in a notebook
         if is_recoverable(error):
             return Verdict.RETRY
-        if self._drop_unknown and self._forgiven < self._budget:
-            self._forgiven += 1
+        if self._drop_unknown and self.forgiven < self._budget:
+            self.forgiven += 1
             return Verdict.RETRY
         return Verdict.FATAL
 
     @property
     def budget_spent(self) -> bool:
-        return self._drop_unknown and self._forgiven >= self._budget
+        return self._drop_unknown and self.forgiven >= self._budget
 
     @staticmethod
     def backoff_s(attempt: int) -> float:

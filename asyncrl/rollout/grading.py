@@ -102,6 +102,11 @@ class SignalPatience:
         self._with_signal = 0
         self.lost: str | None = None
 
+    @property
+    def recent(self) -> list[bool]:
+        """Whether the groups that finished last carried signal, oldest first."""
+        return list(self._recent)
+
     def finished(self, signal: bool) -> str | None:
         """A group has ended, with or without signal. Returns `lost` when it was this one that showed it."""
         if self._groups is None or self.lost is not None:

@@ -23,11 +23,13 @@ class GroupOrder:
     Args:
         batch_groups: B, places of one batch.
         max_staleness: O, in optimizer steps. None: no deadlines, the oldest finished group is always next.
+        in_order: No group passes an unfinished one, so that how long rollouts took changes nothing.
     """
 
-    def __init__(self, batch_groups: int, max_staleness: int | None) -> None:
+    def __init__(self, batch_groups: int, max_staleness: int | None, *, in_order: bool = False) -> None:
         self._batch_groups = batch_groups
         self._max_staleness = max_staleness
+        self._in_order = in_order
         self._step = 0
         self._places = batch_groups
         self._due: Counter[int] = Counter()
@@ -65,6 +67,8 @@ class GroupOrder:
         """The oldest finished group, unless that would leave no place for an unfinished one before its deadline."""
         if not self._heap or not self._fits(self._deadlines[self._heap[0]]):
             return None
+        if self._in_order and self._heap[0] != min(self._deadlines):
+            return None
         group = self._ready.pop(heapq.heappop(self._heap))
         self.gone(group.sequence)
         self._places -= 1
@@ -82,6 +86,10 @@ class GroupOrder:
             places += self._batch_groups
         return True
 
+    def waiting(self) -> list[Group]:
+        """The finished groups, oldest first."""
+        return [self._ready[sequence] for sequence in sorted(self._ready)]
+
     def put_back(self) -> None:
         """The group that was taken last is not trained after all: its place in the batch is free again."""
         self._places += 1
@@ -94,8 +102,8 @@ class GroupQueue:
     `close` and `abort`.
     """
 
-    def __init__(self, batch_groups: int, max_staleness: int | None) -> None:
-        self.order = GroupOrder(batch_groups, max_staleness)
+    def __init__(self, batch_groups: int, max_staleness: int | None, *, in_order: bool = False) -> None:
+        self.order = GroupOrder(batch_groups, max_staleness, in_order=in_order)
         self._changed = asyncio.Event()
         self._closed = False
         self._aborted = False

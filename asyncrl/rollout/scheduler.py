@@ -31,7 +31,7 @@ from asyncrl.errors import (
 )
 from asyncrl.rollout.concurrency import ConcurrencyController
 from asyncrl.rollout.contract import Contract
-from asyncrl.rollout.failures import Breaker, FailurePolicy, Verdict, fatal, is_ours, leaves
+from asyncrl.rollout.failures import Breaker, FailurePolicy, Verdict, describe, fatal, is_ours, leaves
 from asyncrl.rollout.grading import Grader, SignalPatience
 from asyncrl.rollout.group import Member, OpenGroup
 from asyncrl.rollout.guests import Guests
@@ -106,12 +106,13 @@ class Scheduler:
     counts: Counts = field(default_factory=Counts)
     finished_rollouts: int = 0
     """Since the start: what the watchdog watches."""
+    admissions: int = 0
+    """Groups that were admitted: the sequence number of the next one."""
     _breaker: Breaker = field(default_factory=Breaker)
     _opening: deque[OpenGroup] = field(default_factory=deque)
     _open: dict[int, OpenGroup] = field(default_factory=dict)
     _running: dict[asyncio.Task[None], Member] = field(default_factory=dict)
     _overdue: dict[asyncio.Task[None], Member] = field(default_factory=dict)
-    _admissions: int = 0
     _stopped: bool = False
     _failure: asyncio.Future[None] = field(init=False)
     _sweeper: asyncio.Task[None] = field(init=False)
@@ -198,6 +199,12 @@ class Scheduler:
         self.budget.leave()
         self.pump()
 
+    def take_finished(self, group: Group) -> None:
+        """An earlier life of this run admitted and finished the group: it waits to be trained."""
+        self.budget.admit()
+        self.queue.order.admitted(group.sequence, group.version)
+        self.queue.finished(group)
+
     def stop(self) -> None:
         """Begin nothing new and cancel what runs. What was admitted and not trained stays pending."""
         self._stopped = True
@@ -212,8 +219,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         draw = self.stream.draw()
-        sequence = self._admissions
-        self._admissions += 1
+        sequence = self.admissions
+        self.admissions += 1
         self.budget.admit()
         if draw.again:
             self.ledger.requeue(draw.key, sequence)
@@ -389,7 +396,7 @@ class Scheduler:
             raise next(filter(is_ours, leaves(error)))
         if self.failures.judge(error) is Verdict.FATAL:
             raise fatal(repr(member), error, budget_spent=self.failures.budget_spent) from error
-        log.info("a rollout failed", rollout=repr(member), error=repr(error), retries=self.failures.retries)
+        log.info("a rollout failed", rollout=repr(member), error=describe(error), retries=self.failures.retries)
         if member.attempt < self.failures.retries:
             return False
         self.counts.lost += 1
@@ -397,7 +404,7 @@ class Scheduler:
         if outage is not None:
             raise BreakerOpen(
                 f"{outage}: this looks like an outage, so the run ends instead of burning prompts. "
-                f"The last failure: {type(error).__name__}: {error} ({member}). Mend its cause, or raise "
+                f"The last failure: {describe(error)} ({member}). Mend its cause, or raise "
                 "rollout.retries if it passes by itself."
             ) from error
         return True

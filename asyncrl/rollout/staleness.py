@@ -29,6 +29,8 @@ class StalenessBudget:
         self.free = slots
         self._most = most_groups
         self._kept = 0
+        self.used = 0
+        """Groups that optimizer steps have used, since the start of the run."""
         self._awaiting: deque[tuple[int, int]] = deque()
 
     def can_admit(self) -> bool:
@@ -49,6 +51,12 @@ class StalenessBudget:
     def trained(self, groups: int, step: int) -> None:
         """Optimizer step number `step` (from 1) used `groups` groups: their slots return when it is live."""
         self._awaiting.append((step, groups))
+        self.used += groups
+
+    def go_on(self, used: int) -> None:
+        """An earlier life of this run used so many groups, and the weights of all of them are live."""
+        assert self._kept == self.used == 0
+        self._kept = self.used = used
 
     def published(self, version: int) -> int:
         """Weights of `version` steps are live. Returns how many slots came free."""

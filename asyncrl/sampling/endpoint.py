@@ -21,8 +21,6 @@ T = TypeVar("T")
 METRICS_TIMEOUT_S = 10.0
 """5 to 13 ms on an idle server; a busy one answers between two engine steps."""
 RESUME_TIMEOUT_S = 30.0
-EXIT_NOTICE_S = 3.0
-"""A server whose engine died answers 500 and ends about 0.5 s later."""
 
 PAUSE: Mapping[str, Mapping[str, str]] = {
     "interrupt": {"mode": "keep", "clear_cache": "true"},
@@ -38,21 +36,32 @@ UPDATING = "updating"
 
 
 class Endpoint:
-    """One server. `server` is None for one that somebody else runs."""
+    """One server. `server` is None for one that somebody else runs.
+
+    Every request to it raises `SamplerRequestError` when it fails, whatever the reason.
+    """
 
     def __init__(self, url: str, http: aiohttp.ClientSession, server: Server | None = None) -> None:
-        self.url = url.rstrip("/")
-        self.name = f"vLLM replica {server.launch.name} at {self.url}" if server else f"vLLM at {self.url}"
-        self.rejected = 0
-        """Requests that it refused because its queue is full, or lost."""
         self.model = ""
         """What it was started with: a name on the hub, or a folder of its machine; known after `connect`."""
         self.context_tokens = 0
         """Prompt and completion together; known after `connect`."""
         self.repacks = server is not None
         """It has the worker extension `asyncrl.sampling.vllm_worker.HotLoad`."""
+        self.replacing = False
+        """Its weights are being replaced: no token is drawn meanwhile."""
         self.server = server
+        self._url = url.rstrip("/")
         self._http = http
+
+    @property
+    def url(self) -> str:
+        """Where it answers: a server of ours may move when it is started again."""
+        return self.server.launch.url if self.server is not None else self._url
+
+    @property
+    def name(self) -> str:
+        return f"vLLM replica {self.server.launch.name} at {self.url}" if self.server else f"vLLM at {self.url}"
 
     async def post(
         self, path: str, body: Any = None, *, timeout_s: float | None, params: Mapping[str, str] | None = None
@@ -66,26 +75,15 @@ class Endpoint:
         return await self._ask("GET", path, timeout_s)
 
     async def _ask(self, method: str, path: str, timeout_s: float | None, **content: Any) -> str:
-        """One exchange.
-
-        Raises `SamplerError` when the server has ended, `SamplerRequestError` for every other failure.
-        """
-        self.check_alive()
+        """One exchange. Raises `SamplerRequestError`; its status is None where there was no answer."""
         try:
             status, text = await self._exchange(method, path, timeout_s, **content)
         except TimeoutError as error:
-            self.rejected += 1
             raise SamplerRequestError(f"{self.name} did not answer {path} within {timeout_s:g} s") from error
         except aiohttp.ClientError as error:
-            await self._raise_if_ended()
-            self.rejected += 1
             raise SamplerRequestError(f"{self.name}: connection lost during {path}: {error!r}") from error
         if status == 200:
             return text
-        if status >= 500:
-            self.rejected += 1
-            if status != 503:
-                await self._raise_if_ended()
         raise refusal(f"{self.name}: {path}", status, text)
 
     async def _exchange(self, method: str, path: str, timeout_s: float | None, **content: Any) -> tuple[int, str]:
@@ -101,39 +99,30 @@ class Endpoint:
                     raise
         raise AssertionError("unreachable")
 
-    def check_alive(self) -> None:
-        """Raises `SamplerError` when the server has ended."""
-        if self.server is not None and self.server.obituary is not None:
-            raise SamplerError(self.server.obituary)
-
-    async def _raise_if_ended(self) -> None:
-        if self.server is not None and await self.server.ends_within(EXIT_NOTICE_S):
-            self.check_alive()
-
     async def load(self) -> EngineLoad:
         text = await self.get("/metrics", timeout_s=METRICS_TIMEOUT_S)
         try:
             return read_metrics(text)
         except ValueError as error:
-            raise SamplerError(f"{self.name}: {error}. Do not start it with --disable-log-stats.") from None
+            raise SamplerRequestError(
+                f"{self.name}: {error}. Do not start it with --disable-log-stats.", recoverable=False
+            ) from None
 
-    async def load_adapter(self, version: int, folder: str, timeout_s: float) -> None:
-        """Load the LoRA adapter in `folder` under the name of its version. Running requests do not notice."""
+    async def load_adapter(self, version: int, folder: str) -> None:
+        """Load the LoRA adapter in `folder` under the name of its version. Running requests do not notice.
+
+        Raises after the second failure in a row.
+        """
         body = {"lora_name": adapter_name(version), "lora_path": folder}
         try:
-            await self._load_adapter(body, timeout_s)
+            await self.post("/v1/load_lora_adapter", body, timeout_s=None)
         except SamplerRequestError:
-            await self._as_fatal(
-                f"version {version} of the adapter", lambda: self._load_adapter(body, timeout_s, again=True)
-            )
-
-    async def _load_adapter(self, body: Mapping[str, str], timeout_s: float, again: bool = False) -> None:
-        try:
-            await self.post("/v1/load_lora_adapter", body, timeout_s=timeout_s)
-        except SamplerRequestError as error:
-            # The first attempt got through after all; only its answer was lost.
-            if not (again and error.status == 400 and "already been loaded" in str(error)):
-                raise
+            try:
+                await self.post("/v1/load_lora_adapter", body, timeout_s=None)
+            except SamplerRequestError as error:
+                # The first attempt may have got through after all, and only its answer was lost.
+                if not (error.status == 400 and "already been loaded" in str(error)):
+                    raise
 
     async def unload_adapter(self, name: str, timeout_s: float) -> None:
         try:
@@ -142,60 +131,49 @@ class Endpoint:
             if error.status != 404:
                 raise
 
-    async def load_weights(
-        self, version: int, source: str, in_flight: Literal["interrupt", "keep", "drain"], timeout_s: float
-    ) -> None:
+    async def load_weights(self, version: int, source: str, in_flight: Literal["interrupt", "keep", "drain"]) -> None:
         """Replace all weights between two tokens by those in `source`, a folder or a name on the hub.
 
-        Raises `SamplerError` after the second failure in a row. Generation is resumed in any case.
+        Raises after the second failure in a row. Generation is resumed in any case.
         """
-
-        async def replace() -> None:
+        try:
+            await self.post("/pause", params=PAUSE[in_flight], timeout_s=None)
+            self.replacing = True
             try:
-                await self._replace_weights(version, source, timeout_s)
+                await self._replace_weights(version, source)
             except SamplerRequestError:
                 # A paused engine recovers from a half-loaded model when it is loaded again.
-                await self._replace_weights(version, source, timeout_s)
-
-        what = f"version {version} of the weights"
-        try:
-            await self._as_fatal(what, lambda: self.post("/pause", params=PAUSE[in_flight], timeout_s=timeout_s))
-            await self._as_fatal(what, replace)
-        except SamplerError:
+                await self._replace_weights(version, source)
+        except SamplerRequestError:
             # A step over half-loaded weights kills the engine: what is in flight ends before anything is resumed.
-            with suppress(SamplerError, SamplerRequestError):
+            with suppress(SamplerRequestError):
                 await self.post("/pause", params={"mode": "abort"}, timeout_s=RESUME_TIMEOUT_S)
             raise
         finally:
+            self.replacing = False
             with anyio.CancelScope(shield=True):
-                await self._as_fatal(what, lambda: self.post("/resume", timeout_s=RESUME_TIMEOUT_S))
+                await self.post("/resume", timeout_s=RESUME_TIMEOUT_S)
 
-    async def _replace_weights(self, version: int, source: str, timeout_s: float) -> None:
+    async def _replace_weights(self, version: int, source: str) -> None:
         method, argument = ("asyncrl_load_weights", "source") if self.repacks else ("reload_weights", "weights_path")
-        await self.set_version(UPDATING, timeout_s)
-        await self.post("/collective_rpc", {"method": method, "kwargs": {argument: source}}, timeout_s=timeout_s)
-        await self.set_version(str(version), timeout_s)
+        await self.set_version(UPDATING)
+        await self.post("/collective_rpc", {"method": method, "kwargs": {argument: source}}, timeout_s=None)
+        await self.set_version(str(version))
 
-    async def set_version(self, label: str, timeout_s: float) -> None:
+    async def set_version(self, label: str) -> None:
         """How the tokens drawn from now on are labelled."""
-        await self.post("/update_weight_version", {"new_version": label}, timeout_s=timeout_s)
-
-    async def _as_fatal(self, what: str, act: Callable[[], Awaitable[Any]]) -> None:
-        try:
-            await act()
-        except SamplerRequestError as error:
-            raise SamplerError(f"{what} could not be made live: {error}") from error
+        await self.post("/update_weight_version", {"new_version": label}, timeout_s=None)
 
 
 async def all_of(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
     """All calls at once; their results in order. All come to their end, then the first failure is raised."""
     results: dict[int, T] = {}
-    failures: list[SamplerError | SamplerRequestError] = []
+    failures: list[SamplerRequestError] = []
 
     async def run(place: int) -> None:
         try:
             results[place] = await calls[place]()
-        except (SamplerError, SamplerRequestError) as error:
+        except SamplerRequestError as error:
             failures.append(error)
 
     async with anyio.create_task_group() as group:
@@ -204,8 +182,3 @@ async def all_of(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
     if failures:
         raise failures[0]
     return [results[place] for place in range(len(calls))]
-
-
-async def on_each(endpoints: Sequence[Endpoint], act: Callable[[Endpoint], Awaitable[T]]) -> list[T]:
-    """`act` on all of them at once, as `all_of`."""
-    return await all_of([partial(act, endpoint) for endpoint in endpoints])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -50,6 +51,8 @@ class TransformersSampler:
         prefill_tokens: Padded prompt tokens of one forward; bounds its memory.
         request_timeout_s: How long one request may take.
         seed: Of the requests that bring none.
+        deterministic: What a request that brings a seed gets depends on it and the weights alone, bit by bit: one
+            request at a time, and no shared prefixes.
     """
 
     wants: Literal["tensors", "files"] = "tensors"
@@ -70,6 +73,7 @@ class TransformersSampler:
         prefill_tokens: int = 16384,
         request_timeout_s: float = 600.0,
         seed: int = 0,
+        deterministic: bool = False,
     ) -> None:
         self._model = model
         self._device = _choose_device(device)
@@ -78,13 +82,15 @@ class TransformersSampler:
         self._keep_versions = keep_versions
         self._context_limit = context_tokens
         self._request_timeout_s = request_timeout_s
-        self._seeds = np.random.default_rng(seed)
+        self._seed = seed
+        self._unseeded = 0
         self._settings = Settings(
-            max_running=max_running or (64 if self._device.type == "cpu" else 256),
+            max_running=1 if deterministic else max_running or (64 if self._device.type == "cpu" else 256),
             in_flight=in_flight,
             side_by_side=self._lora_scale is not None or version_policy == "per_rollout",
             prefill_tokens=prefill_tokens,
             torch_threads=torch_threads,
+            alone=deterministic,
         )
         self._outbox: list[Ticket] = []
         self._open = 0
@@ -109,6 +115,7 @@ class TransformersSampler:
             torch_threads=torch_threads,
             request_timeout_s=config.sampler.request_timeout_s,
             seed=config.seed,
+            deterministic=config.deterministic,
         )
 
     @property
@@ -232,16 +239,20 @@ class TransformersSampler:
             raise SamplerRequestError(
                 f"max_tokens is {params.max_tokens}; at least 1 token must be drawn.", status=400, recoverable=False
             )
-        seed = int(self._seeds.integers(2**63)) if params.seed is None else params.seed
         return Ticket(
             prompt=prompt,
             params=params,
             max_tokens=min(params.max_tokens, room),
-            stream=stream_of_seed(seed),
+            stream=stream_of_seed(self._next_seed(request.session) if params.seed is None else params.seed),
             version=request.version,
             reply=self._loop.create_future(),
             session=request.session,
         )
+
+    def _next_seed(self, session: str) -> int:
+        """Made of the session too: a run that is resumed counts from 0 again, and must not draw the same once more."""
+        self._unseeded += 1
+        return random.Random(f"{self._seed}/{session}/{self._unseeded}").getrandbits(63)
 
     def _checked_ids(self, token_ids: Sequence[int]) -> np.ndarray:
         ids = np.asarray(token_ids, dtype=np.int64)

@@ -5,6 +5,9 @@ environment.json   machine, versions, git commit, command line
 metrics.jsonl      one record per optimizer step (docs/metrics.md)
 evaluations.jsonl  one record per evaluation
 rollouts.jsonl     some rollouts of each step, readable
+ledger.db          what became of every prompt (`asyncrl audit`)
+samples/           what was trained on (`asyncrl replay`)
+checkpoints/       what a resume goes on from; checkpoints.jsonl lists them
 logs/              asyncrl.jsonl, and the log of each server
 model/             the final model or adapter (`export_name`)
 summary.json       how it ended
@@ -60,6 +63,15 @@ class RunFolder:
         return self.root / "evaluations.jsonl"
 
     @property
+    def ledger(self) -> Path:
+        return self.root / "ledger.db"
+
+    @property
+    def samples(self) -> Path:
+        """A folder: what was trained on, for a replay."""
+        return self.root / "samples"
+
+    @property
     def logs(self) -> Path:
         """A folder."""
         return self.root / "logs"
@@ -100,6 +112,19 @@ class RunFolder:
             ) from error
         _write_json(folder.environment, environment())
         return folder
+
+    def exists(self) -> bool:
+        """Whether a run has begun here."""
+        return self.config.is_file() and self.environment.is_file()
+
+    def begin_life(self, config: Config, number: int) -> None:
+        """The run goes on. Settings, environment and summary of the life before are kept in `logs/`."""
+        self.logs.mkdir(mode=0o700, exist_ok=True)
+        for path in (self.config, self.environment, self.summary):
+            if path.exists():
+                path.replace(self.logs / f"{path.stem}.life-{number - 1}{path.suffix}")
+        self.config.write_text(config_toml(config), encoding="utf-8")
+        _write_json(self.environment, environment())
 
     def holds(self) -> list[str]:
         """The names of the files that a new run must not overwrite.

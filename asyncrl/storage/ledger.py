@@ -1,48 +1,99 @@
 """The ledger: what became of every prompt. Every admitted prompt ends in it exactly once.
 
-    admitted -> trained(step) | filtered | rejected(reason)        and until then it is pending
+    admitted -> finished -> trained(step) | filtered | rejected(reason)        and until then it is pending
 
-A prompt is a draw: one row in one epoch. Memory holds the pending ones and the counts; the ends go to a
-writer as they happen.
+A prompt is a draw: one row in one epoch. It may be rolled out again: `requeued` where it had become too old to be
+trained, `restarted` where the end of a process had cut it off. Memory holds the pending ones and the counts; a store
+keeps every event (ledger_file.py).
 """
 
 from __future__ import annotations
 
+import json
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 Key = tuple[int, int]
 """(epoch, row index)"""
 
-Writer = Callable[[Mapping[str, Any]], None]
+Entry = tuple[int, float, int, int, int, int, str, int | None, int | None, str | None, str | None]
+"""One event: the columns of `ledger_file.EVENTS`, in that order."""
+
+
+class EventStore(Protocol):
+    """Keeps events. `write` only hands over; `flush` returns when all of them are on the disk."""
+
+    position: int
+    """The last event of earlier lives; 0 where there is none."""
+    life: int
+
+    def write(self, entry: Entry) -> None: ...
+
+    async def flush(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Ledger:
-    """Owns the account of every draw. Synchronous: `write` must not block.
+    """Owns the account of every draw. Synchronous, and never blocks. Without a store it is memory alone.
 
-    Ending a draw that is not pending, or admitting one twice, is a fault of the engine and asserted here.
+    A draw that ends without being pending, is admitted twice, or is trained before it has finished, is a fault of the
+    engine and asserted here.
+
+    Raises:
+        EngineError: by whatever is called after the store could not write.
     """
 
-    def __init__(self, write: Writer | None = None) -> None:
-        self._pending: dict[Key, int] = {}
-        self._write = write
+    def __init__(self, store: EventStore | None = None) -> None:
+        self._store = store
+        self._life = store.life if store is not None else 0
+        self.position = store.position if store is not None else 0
+        """Number of the last event. They are counted over all lives of a run."""
+        self.sequences: dict[Key, int] = {}
+        """The pending draws, each with its place in the order of admission."""
+        self._finished: set[Key] = set()
+        self._interrupted: set[Key] = set()
         self.admitted = 0
         self.requeued = 0
         self.ends: Counter[str] = Counter()
 
-    def admit(self, key: Key, sequence: int) -> None:
-        assert key not in self._pending, f"the draw {key} was admitted twice"
-        self._pending[key] = sequence
-        self.admitted += 1
+    # What happens to a draw
 
-    def requeue(self, key: Key, sequence: int) -> None:
-        """A pending draw is rolled out again, in a new place of the admission order."""
-        assert key in self._pending, f"the draw {key} is not pending"
-        self._pending[key] = sequence
+    def admit(self, key: Key, sequence: int, version: int) -> None:
+        """Its rollouts begin, while the weights of `version` are live."""
+        assert key not in self.sequences, f"the draw {key} was admitted twice"
+        self.sequences[key] = sequence
+        self.admitted += 1
+        self._record("admitted", key, sequence, version)
+
+    def requeue(self, key: Key, sequence: int, version: int) -> None:
+        """A pending draw is rolled out again, in a new place of the admission order.
+
+        Either it was finished and became too old, or an earlier life of the run ended before it was finished.
+        """
+        assert key in self.sequences, f"the draw {key} is not pending"
+        self.sequences[key] = sequence
+        if key in self._interrupted:
+            self._interrupted.remove(key)
+            self._record("restarted", key, sequence, version)
+            return
+        assert key in self._finished, f"the draw {key} is being rolled out already"
+        self._finished.remove(key)
         self.requeued += 1
+        self._record("requeued", key, sequence, version)
+
+    def finished(self, key: Key, version: int, rewards: Sequence[float]) -> None:
+        """All members have ended: the group, which began at `version`, waits to be trained. It is still pending."""
+        assert key in self.sequences, f"the draw {key} finished, but it is not pending"
+        assert key not in self._finished, f"the draw {key} finished twice"
+        assert key not in self._interrupted, f"the draw {key} finished, but this process has not begun it"
+        self._finished.add(key)
+        self._record("finished", key, self.sequences[key], version, rewards=json.dumps(rewards))
 
     def trained(self, key: Key, step: int) -> None:
+        assert key in self._finished, f"the draw {key} was trained in step {step}, but it had not finished"
         self._end(key, "trained", step=step)
 
     def filtered(self, key: Key) -> None:
@@ -51,23 +102,36 @@ class Ledger:
     def rejected(self, key: Key, reason: str) -> None:
         self._end(key, "rejected", reason=reason)
 
-    def _end(self, key: Key, state: str, **details: Any) -> None:
-        assert key in self._pending, f"the draw {key} ended as {state}, but it is not pending"
-        sequence = self._pending.pop(key)
+    def _end(self, key: Key, state: str, *, step: int | None = None, reason: str | None = None) -> None:
+        assert key in self.sequences, f"the draw {key} ended as {state}, but it is not pending"
+        sequence = self.sequences.pop(key)
+        self._finished.discard(key)
         self.ends[state] += 1
-        if self._write is not None:
-            self._write({"epoch": key[0], "row": key[1], "sequence": sequence, "state": state, **details})
+        self._record(state, key, sequence, step=step, reason=reason)
+
+    def _record(
+        self,
+        state: str,
+        key: Key,
+        sequence: int,
+        version: int | None = None,
+        *,
+        step: int | None = None,
+        rewards: str | None = None,
+        reason: str | None = None,
+    ) -> None:
+        self.position += 1
+        if self._store is not None:
+            epoch, row = key
+            self._store.write(
+                (self.position, time.time(), self._life, epoch, row, sequence, state, version, step, rewards, reason)
+            )
+
+    # The account
 
     @property
     def pending(self) -> int:
-        return len(self._pending)
-
-    def close(self) -> None:
-        """Write what is still pending, so that the file accounts for every admitted draw, and check."""
-        self.check()
-        if self._write is not None:
-            for (epoch, row), sequence in self._pending.items():
-                self._write({"epoch": epoch, "row": row, "sequence": sequence, "state": "pending"})
+        return len(self.sequences)
 
     def check(self) -> None:
         """admitted = trained + filtered + rejected + pending."""
@@ -85,3 +149,39 @@ class Ledger:
             "pending": self.pending,
             "requeued": self.requeued,
         }
+
+    # From one life to the next
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds, as JSON. Whoever keeps it awaits `flush` first: the events must be there too."""
+        pending = [[*key, sequence, key in self._finished] for key, sequence in self.sequences.items()]
+        return {"position": self.position, "counts": self.summary(), "pending": pending}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from where an earlier life took `state`. Unfinished draws are to be rolled out again (`requeue`)."""
+        assert not self.admitted and not self.sequences, "a ledger is restored before it is used"
+        counts = state["counts"]
+        self.admitted, self.requeued = counts["admitted"], counts["requeued"]
+        self.ends.update({end: counts[end] for end in ("trained", "filtered", "rejected")})
+        for epoch, row, sequence, finished in state["pending"]:
+            self.sequences[epoch, row] = sequence
+            (self._finished if finished else self._interrupted).add((epoch, row))
+        self.position = max(self.position, state["position"])
+        self.check()
+
+    async def flush(self) -> None:
+        """Return when everything that has happened is on the disk, safe from a power cut.
+
+        Raises:
+            EngineError: the store cannot write.
+        """
+        if self._store is not None:
+            await self._store.flush()
+
+    def close(self) -> None:
+        """Write the rest, and check. What is pending stays so."""
+        try:
+            self.check()
+        finally:
+            if self._store is not None:
+                self._store.close()

@@ -22,14 +22,16 @@ class FakeRun:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
+        self.id = settings.get("id") or "f4f4f4"
         self.logged: list[tuple[int, dict[str, Any]]] = []
+        self.axes: dict[str, str] = {}
         self.finished = 0
 
-    def log(self, values: dict[str, Any], step: int) -> None:
-        self.logged.append((step, values))
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        self.logged.append((values["step"] if step is None and "step" in values else step, values))
 
     def define_metric(self, name: str, step_metric: str) -> None:
-        self.axes = {name: step_metric}
+        self.axes[name] = step_metric
 
     def finish(self) -> None:
         self.finished += 1
@@ -80,11 +82,11 @@ def test_evaluations_have_a_file_and_an_axis_of_their_own(tmp_path: Path, monkey
     sinks = open_sinks(["wandb", "trackio"], tmp_path, CONFIG)
     found = {"eval_version": 3.0, "eval_reward": 0.25, "eval_reward_low": math.nan}
     for step in (3, 4, 5):
-        sinks.write({"step": step})
+        sinks.write({"step": step, "loss": 0.0})
     sinks.evaluated(found)
     sinks.close()
-    assert [step for step, _ in wandb[0].logged] == [3, 4, 5, 5]
-    assert wandb[0].axes == {"eval_*": "eval_version"}
+    assert [step for step, _ in wandb[0].logged] == [3, 4, 5, None]
+    assert wandb[0].axes == {"eval_*": "eval_version", "loss": "step"}
     assert [step for step, _ in trackio[0].logged] == [3, 4, 5, 3]
     assert wandb[0].logged[-1][1]["eval_reward"] == trackio[0].logged[-1][1]["eval_reward"] == 0.25
     (line,) = (tmp_path / "evaluations.jsonl").read_text().splitlines()
@@ -160,3 +162,51 @@ def test_wandb_goes_where_the_config_says(tmp_path: Path, monkeypatch: pytest.Mo
         ("us", "ours", "first"),
         (None, "of the environment", tmp_path.name),
     ]
+
+
+# A run that goes on
+
+
+def test_trackers_go_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb, trackio = fake_tracker(monkeypatch, "wandb"), fake_tracker(monkeypatch, "trackio")
+    (tmp_path / "run").mkdir()
+    for resumed in (None, 4, None):
+        open_sinks(["wandb", "trackio"], tmp_path / "run", CONFIG, resumed).close()
+    assert [(run.settings["id"], run.settings["resume"]) for run in wandb] == [
+        (None, "allow"),
+        ("f4f4f4", "allow"),
+        (None, "allow"),
+    ]
+    assert [(run.settings["name"], run.settings["resume"]) for run in trackio] == [
+        ("run", "never"),
+        ("run", "allow"),
+        ("run", "never"),
+    ]
+
+
+def test_wandb_itself_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="an optional tracker")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids = []
+    for resumed in (None, 1):
+        sinks = open_sinks(["wandb"], tmp_path, CONFIG, resumed)
+        sinks.write({"step": 2, "loss": 0.5})
+        sinks.close()
+        ids.append((tmp_path / "wandb" / "run-id").read_text())
+    assert ids[0] == ids[1]
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*/run-{ids[0].strip()}.wandb"))) == 2
+
+
+def test_tensorboard_forgets_what_was_undone(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="an optional tracker")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resumed, steps, value in ((None, (1, 2, 3), 0.25), (1, (2,), 0.5)):
+        sinks = open_sinks(["tensorboard"], tmp_path, CONFIG, resumed)
+        for step in steps:
+            sinks.write({"step": step, "reward_mean": value})
+        sinks.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("reward_mean")] == [(1, 0.25), (2, 0.5)]

@@ -49,6 +49,9 @@ class Settings:
     prefill_tokens: int
     """Padded prompt tokens of one forward."""
     torch_threads: int | None
+    alone: bool = False
+    """A request is decoded by itself, in a batch of its own, from nothing that another one computed: kernels round
+    otherwise for another number of rows, so only then are the bits of an answer those of its request alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,7 @@ class Worker:
         self.running = 0
         self.generated_tokens = 0
         self.failure: SamplerError | None = None
-        self.prefixes = PrefixStore.beside(versions.base)
+        self.prefixes = PrefixStore(0) if settings.alone else PrefixStore.beside(versions.base)
         self.thread = threading.Thread(target=self._run, name="asyncrl-sampler", daemon=True)
         self._versions = versions
         self._settings = settings
@@ -230,8 +233,8 @@ class Worker:
 
     def _tidy(self) -> None:
         """Free the caches of pinned versions that nobody uses any more."""
-        newest = self._versions.newest
-        spent = [v for v, batch in self._batches.items() if v not in (None, newest) and not batch.running]
+        kept = () if self._settings.alone else (None, self._versions.newest)
+        spent = [version for version, batch in self._batches.items() if version not in kept and not batch.running]
         for version in spent:
             del self._batches[version]
         if spent:

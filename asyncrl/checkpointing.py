@@ -1,0 +1,178 @@
+"""Checkpoints while a run goes on: when one is due, and how it comes to the disk without training waiting for it.
+
+    consumes    a `RunState`, and the trainer's snapshot
+    produces    folders (storage/checkpoints.py)
+    waits for   the copy of the weights, and nothing else; the disk has `timeout_s`
+    woken by    the engine after a step; the end of the run
+
+A disk that is full costs a warning and that checkpoint; the last good one stays, and the next is tried when it is due.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import structlog
+
+from asyncrl.config import CheckpointConfig
+from asyncrl.errors import EngineError
+from asyncrl.metrics.jsonl import encode
+from asyncrl.run_state import RunState
+from asyncrl.storage.checkpoints import Checkpoint, Checkpoints, write_file
+from asyncrl.storage.samples import decode_groups, encode_groups
+from asyncrl.types import Trainer
+
+Reason = Literal["interval", "final", "failure"]
+
+LEAST_S = 60.0
+SHARE = 0.01
+"""Where no interval is set: at most once in `LEAST_S`, and at most this share of the time is spent standing still."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Checkpointer:
+    """Owns the checkpoint that is being written."""
+
+    folder: Checkpoints
+    trainer: Trainer
+    config: CheckpointConfig
+    every_steps: int
+    """Only multiples of it are saved: steps whose weights are the sampler's too (`publish.weight_sync_interval`)."""
+    flush: Callable[[], Awaitable[None]]
+    """Brings the ledger to the disk."""
+    about: Callable[[], Mapping[str, Any]]
+    """What else `state.json` holds: the data, the evaluations."""
+    life: int
+    say: Callable[[str], None]
+    last: Checkpoint | None = None
+    """The newest that is whole."""
+    cost_s: float = 0.0
+    """How long training stood still for the last one."""
+    _due: bool = False
+    _last_at: float = field(default_factory=time.monotonic)
+    _began_at: float = 0.0
+    _task: asyncio.Task[None] | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether to save after `step`."""
+        if self.config.interval is None:
+            self._due = time.monotonic() - self._last_at >= max(LEAST_S, self.cost_s / SHARE)
+        elif self.config.interval:
+            self._due |= step % self.config.interval == 0
+        return self._due and step % self.every_steps == 0
+
+    async def save(self, state: RunState, reason: Reason = "interval") -> None:
+        """Returns when the trainer may go on; the rest comes to the disk meanwhile.
+
+        Raises:
+            EngineError: the one before did not come to the disk within `checkpoint.timeout_s`.
+        """
+        if self._task is not None and not self._task.done():
+            if time.monotonic() - self._began_at > self.config.timeout_s:
+                raise self._too_slow()
+            log.warning("no checkpoint: the one before is still being written", step=state.step)
+            return
+        self._due = False
+        self._began_at = self._last_at = time.monotonic()
+        about = {**self.about(), "life": self.life}  # as it is now, not when the disk is done
+        try:
+            unfinished = await asyncio.to_thread(self.folder.begin, state.step)
+            written = await self.trainer.save_state(unfinished / "trainer")
+        except OSError as error:
+            self._given_up(state.step, error)
+            return
+        self.cost_s = time.monotonic() - self._began_at
+        self._task = asyncio.create_task(
+            self._write(state, about, unfinished, written, reason), name=f"asyncrl checkpoint of step {state.step}"
+        )
+
+    async def finish(self, state: RunState, reason: Reason) -> None:
+        """The last one of this life. Returns when it is on the disk; where its step has one already, it is that one.
+
+        Raises:
+            EngineError: as `save`.
+        """
+        await self._written()
+        if self.last is None or self.last.step != state.step:
+            await self.save(state, reason)
+            await self._written()
+
+    async def close(self) -> None:
+        """Wait for what is being written."""
+        await self._written()
+
+    def raise_failure(self) -> None:
+        if self._task is not None and self._task.done():
+            self._task.result()
+
+    async def _written(self) -> None:
+        if self._task is None:
+            return
+        left_s = max(0.0, self._began_at + self.config.timeout_s - time.monotonic())
+        done, _ = await asyncio.wait([self._task], timeout=left_s)
+        if not done:
+            self._task.cancel()
+            raise self._too_slow()
+        self._task.result()
+
+    async def _write(
+        self,
+        state: RunState,
+        about: Mapping[str, Any],
+        unfinished: Path,
+        written: Awaitable[None],
+        reason: Reason,
+    ) -> None:
+        try:
+            await asyncio.to_thread(_write_loop, state, about, unfinished)
+            await written
+            await self.flush()
+            entry = {"reason": reason, "life": self.life, "groups_waiting": len(state.groups)}
+            self.last = await asyncio.to_thread(self._commit, state.step, entry)
+        except OSError as error:
+            self._given_up(state.step, error)
+        else:
+            seconds = round(time.monotonic() - self._began_at, 3)
+            log.info("checkpoint", step=state.step, seconds=seconds, stood_still_s=round(self.cost_s, 4))
+
+    def _commit(self, step: int, entry: Mapping[str, Any]) -> Checkpoint:
+        committed = self.folder.commit(step, entry)
+        self.folder.prune(self.config.keep_last, self.config.keep_every)
+        return committed
+
+    def _given_up(self, step: int, error: OSError) -> None:
+        """Not fatal while the run folder is there: the last good one stays."""
+        self.folder.abandon(step)
+        if not self.folder.run.is_dir():
+            raise EngineError(f"the run folder {self.folder.run} is gone, so nothing of this run could be kept.") from error
+        kept = f"the newest is that of step {self.last.step}" if self.last is not None else "there is none yet"
+        log.error("a checkpoint could not be written", step=step, error=repr(error))
+        self.say(f"warning: the checkpoint of step {step} could not be written ({error.strerror or error}); {kept}")
+
+    def _too_slow(self) -> EngineError:
+        return EngineError(
+            f"a checkpoint was not on the disk after checkpoint.timeout_s={self.config.timeout_s:g} s. "
+            f"Is the disk of {self.folder.run} all right? A slow one needs a higher limit."
+        )
+
+
+def _write_loop(state: RunState, about: Mapping[str, Any], unfinished: Path) -> None:
+    write_file(unfinished / "groups.bin", encode_groups(state.groups))
+    write_file(unfinished / "state.json", encode({**about, "loop": state.loop}).encode())
+
+
+def load_state(checkpoint: Checkpoint) -> RunState:
+    """The loop's part of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    loop = checkpoint.state()["loop"]
+    return RunState(checkpoint.step, loop, decode_groups(checkpoint.groups.read_bytes()))

@@ -20,7 +20,7 @@ from asyncrl.rollout.guests import Guests
 from asyncrl.rollout.queue import GroupQueue
 from asyncrl.rollout.scheduler import PolicyFactory, RolloutFn, RolloutSettings, Scheduler
 from asyncrl.rollout.staleness import StalenessBudget
-from asyncrl.storage.ledger import Ledger, Writer
+from asyncrl.storage.ledger import EventStore, Ledger
 from asyncrl.types import Sampler, Trainer
 
 
@@ -36,7 +36,7 @@ def assemble(
     on_gauges: Callable[[Mapping[str, float]], None] = lambda gauges: None,
     contract: Contract | None = None,
     canary_tolerance: float | None = None,
-    write_ledger: Writer | None = None,
+    ledger_store: EventStore | None = None,
 ) -> Engine:
     """An engine that is ready to `run`. The sampler and the trainer must have been entered."""
     hard = config.staleness.policy == "wait"
@@ -44,7 +44,7 @@ def assemble(
     queue = GroupQueue(config.prompt_groups_per_step, bound, in_order=config.deterministic)
     slots = controller(config.concurrency)
     guests = Guests(slots, config.evaluation.concurrency)
-    ledger = Ledger(write_ledger)
+    ledger = Ledger(ledger_store)
     most_groups = config.max_steps * config.prompt_groups_per_step if config.max_steps else None
     scheduler = Scheduler(
         stream=PromptStream(rows, config.data, config.seed),

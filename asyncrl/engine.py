@@ -30,7 +30,7 @@ from asyncrl.rollout.concurrency import ConcurrencyController
 from asyncrl.rollout.queue import GroupQueue
 from asyncrl.rollout.scheduler import Scheduler
 from asyncrl.rollout.staleness import Verdict
-from asyncrl.run_state import capture
+from asyncrl.run_state import RunState, capture
 from asyncrl.storage.ledger import Ledger
 from asyncrl.types import Group, Load, Sampler, StepResult, Trainer, TrainSequence
 
@@ -159,6 +159,10 @@ class Engine:
         """Seconds of training, over all lives of the run."""
         return _now() - self._started_at if self._started_at is not None else self._elapsed_before_s
 
+    def capture(self) -> RunState:
+        """What a checkpoint holds of the loop. No optimizer step may be under way."""
+        return capture(self)
+
     # The loop
 
     async def _train(self) -> None:
@@ -179,7 +183,7 @@ class Engine:
             await self._published()
 
     async def _step_taken(self, batch: Batch, result: StepResult) -> None:
-        state = capture(self) if self.checkpoints is not None and self.checkpoints.due(self.step) else None
+        state = self.capture() if self.checkpoints is not None and self.checkpoints.due(self.step) else None
         await self._publish_if_due()
         self._report(batch, result)
         if self.checkpoints is not None and state is not None:

@@ -18,7 +18,7 @@ from asyncrl.errors import CheckpointError, ConfigError
 from asyncrl.metrics.rewind import rewind
 from asyncrl.storage.checkpoints import NAME, Checkpoint, Checkpoints, resolve
 from asyncrl.storage.folder import RunFolder
-from asyncrl.storage.ledger_file import LedgerStore
+from asyncrl.storage.ledger_file import Bounds, LedgerStore
 
 Resume = bool | str | Path
 """False: a new run. True or "latest": the newest checkpoint of `config.run_dir`, or its start where there is none yet.
@@ -64,7 +64,7 @@ def open_life(config: Config, rows: Rows, resume: Resume) -> Iterator[Life]:
     folder = RunFolder(root.absolute(), config.export_name) if goes_on and root else RunFolder.create(config)
     with folder.lock():
         position = checkpoint.state()["loop"]["ledger"]["position"] if checkpoint is not None else 0
-        store = LedgerStore.open(folder.ledger, resumed_at=position if goes_on else None)
+        store = LedgerStore.open(folder.ledger, resumed_at=position if goes_on else None, bounds=Bounds.of(config, len(rows)))
         try:
             life = Life(folder, store, data, checkpoint)
             if goes_on:

@@ -33,7 +33,6 @@ from asyncrl.engine import Engine, Record, calm_collector
 from asyncrl.errors import AsyncRLError, ConfigError, EngineError
 from asyncrl.interrupt import Interrupt, run_interruptible
 from asyncrl.measure import beside, concurrency_alone, make_evaluator, policies
-from asyncrl.metrics.jsonl import JsonlFile
 from asyncrl.metrics.live import LiveView, Mode
 from asyncrl.metrics.report import where_time_went
 from asyncrl.metrics.sinks import SinkList, open_sinks
@@ -45,6 +44,7 @@ from asyncrl.rollout.estimate import EvalResult
 from asyncrl.rollout.evaluations import Evaluated, EvaluationFn, Evaluations, evaluation_function
 from asyncrl.rollout.factory import RolloutSetup, open_rollout, require_rollout
 from asyncrl.storage.folder import RunFolder
+from asyncrl.storage.ledger_file import Bounds, LedgerStore
 from asyncrl.storage.log import open_log
 from asyncrl.storage.rollouts import RolloutLog
 from asyncrl.types import Probe, Sampler, SamplingParams, Trainer
@@ -254,8 +254,9 @@ class _TrainingRun:
         rollouts: RolloutLog,
     ) -> Engine:
         config = self.config
-        ledger_file = JsonlFile(self.folder.root / "ledger.jsonl")
-        stack.callback(ledger_file.close)
+        bounds = Bounds.of(config, len(rows))
+        ledger_store = LedgerStore.open(self.folder.root / "ledger.db", resumed_at=None, bounds=bounds)
+        stack.callback(ledger_store.close)
 
         def on_step(record: Record, batch: Batch) -> None:
             record |= as_metrics(context.totals)
@@ -275,7 +276,7 @@ class _TrainingRun:
             on_step=on_step,
             contract=Contract(self.facts.vocabulary, self.facts.max_seq_len),
             canary_tolerance=canary_tolerance(config),
-            write_ledger=ledger_file.write,
+            ledger_store=ledger_store,
         )
 
     async def _check_ends_agree(self, engine: Engine, trainer: Trainer) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import os
 import sys
 import sysconfig
 import threading
@@ -15,15 +16,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
 from typing import Any
 
 STDLIB_DISTANCE = 3
 SHOWN_ALIKE = 5
 """Of tasks that wait in the same place, so many are named."""
 SHORT_PLACES = 6
+_KINDS = (asyncio.Future, CoroutineType, GeneratorType, AsyncGeneratorType)
+"""What a task can wait for; a task is a future too."""
 _STDLIB = sysconfig.get_path("stdlib")
-_ASYNCRL = str(Path(__file__).parent)
+_ASYNCRL = f"{Path(__file__).parent}{os.sep}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +143,6 @@ def _step(waiting: Any) -> tuple[FrameType | None, Any]:
     if inspect.isasyncgen(waiting):
         return waiting.ag_frame, waiting.ag_await
     if isinstance(waiting, asyncio.Future):
-        return None, _task_behind(waiting)
+        return None, None
     # What wraps one of these (the step of an async generator, the iterator of a future) names it to the collector only.
-    kinds = (asyncio.Future, inspect.types.CoroutineType, inspect.types.GeneratorType, inspect.types.AsyncGeneratorType)
-    return None, next((held for held in gc.get_referents(waiting) if isinstance(held, kinds)), None)
-
-
-def _task_behind(future: asyncio.Future[Any]) -> asyncio.Task[Any] | None:
-    """The first unfinished task of those that `asyncio.gather` waits for."""
-    return next((held for held in gc.get_referents(future) if _unfinished(held)), None)
+    return None, next((held for held in gc.get_referents(waiting) if isinstance(held, _KINDS)), None)

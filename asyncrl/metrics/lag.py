@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import sysconfig
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 from types import FrameType
 from typing import Literal
 
 import structlog
+
+from asyncrl.standstill import STDLIB_DISTANCE, distance
 
 SLEEP_S = 0.05
 """20 wakes a second cost nothing that can be measured, and a block of 0.2 s cannot hide between two of them."""
@@ -29,9 +29,6 @@ LONG_S = 0.2
 WARN_EVERY_S = 60.0
 STUCK_S = 10.0
 """A loop that is blocked for so long may never come back to say so itself."""
-_STDLIB = sysconfig.get_path("stdlib")
-_ASYNCRL = str(Path(__file__).parents[1])
-_STDLIB_DISTANCE = 3
 _OF_THE_LOOP = frozenset({"_run", "_run_once", "run_forever", "run_until_complete"})
 """Functions of asyncio below which the frames are of who started the loop, and not of what runs on it."""
 
@@ -96,34 +93,25 @@ class Culprit:
 
     def _look(self) -> str:
         frame = sys._current_frames().get(self._loop_thread)
-        return "" if frame is None else _name_of(frame)
+        return "" if frame is None else name_of(frame)
 
 
-def _name_of(innermost: FrameType) -> str:
+def name_of(innermost: FrameType) -> str:
     """The innermost line of the user's code, else of a package's, else of asyncrl's; '' when the loop runs nothing."""
     stack: list[FrameType] = []
     frame: FrameType | None = innermost
     while frame is not None and not _is_loop(frame):
         stack.append(frame)
         frame = frame.f_back
-    near = [frame for frame in stack if _distance(frame.f_code.co_filename) < _STDLIB_DISTANCE]
+    near = [frame for frame in stack if distance(frame.f_code.co_filename) < STDLIB_DISTANCE]
     if not near:
         return ""
-    found = min(near, key=lambda frame: _distance(frame.f_code.co_filename))  # of equals the first: the innermost
+    found = min(near, key=lambda frame: distance(frame.f_code.co_filename))  # of equals the first: the innermost
     return f"{found.f_code.co_qualname} ({found.f_code.co_filename}:{found.f_lineno})"
 
 
 def _is_loop(frame: FrameType) -> bool:
     return frame.f_code.co_name in _OF_THE_LOOP and "asyncio" in frame.f_code.co_filename
-
-
-def _distance(file: str) -> int:
-    """How far code is from the user: 0 is theirs."""
-    if file.startswith(_ASYNCRL):
-        return 2
-    if "site-packages" in file or "dist-packages" in file:
-        return 1
-    return _STDLIB_DISTANCE if file.startswith((_STDLIB, "<frozen")) else 0
 
 
 async def watch_lag(meter: LagMeter) -> None:

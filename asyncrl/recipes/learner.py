@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -99,6 +100,18 @@ class Learner:
             if self._objective.metrics is not None:
                 metrics.append(self._objective.metrics(inputs))
         return {"loss": sum(losses) / self._objective.divisor(units), **_means(metrics)}
+
+    def save_state(self, folder: Path) -> Future[None]:
+        """Copy weights, optimizer and randomness; the copy is written to `folder` meanwhile. Raises `OSError`."""
+        return self._trainer.save_state(folder)
+
+    def load_state(self, folder: Path) -> None:
+        """Go on where `save_state` was. Raises `CheckpointError`."""
+        self._trainer.load_state_with_optimizer(folder)
+
+    def start_from(self, folder: Path) -> None:
+        """Begin with those weights, at step 0; they are the reference too. Raises `CheckpointError`."""
+        self._trainer.load_state(folder)
 
     def save(self, folder: Path) -> None:
         """Write the model or adapter."""

@@ -12,7 +12,7 @@ import structlog
 
 from asyncrl.config import RolloutConfig
 from asyncrl.data import Prompt, Rows
-from asyncrl.errors import BreakerOpen, RolloutFailed, first_failure
+from asyncrl.errors import BreakerOpen, first_failure
 from asyncrl.rollout.contract import Contract
 from asyncrl.rollout.estimate import EvalResult
 from asyncrl.rollout.failures import Breaker, FailurePolicy, Verdict, describe, fatal, is_ours, leaves

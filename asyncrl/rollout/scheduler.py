@@ -222,11 +222,11 @@ class Scheduler:
         sequence = self.admissions
         self.admissions += 1
         self.budget.admit()
-        if draw.again:
-            self.ledger.requeue(draw.key, sequence)
-        else:
-            self.ledger.admit(draw.key, sequence)
         version = self.live_version()
+        if draw.again:
+            self.ledger.requeue(draw.key, sequence, version)
+        else:
+            self.ledger.admit(draw.key, sequence, version)
         self.queue.order.admitted(sequence, version)
         group = OpenGroup(sequence, draw, self.settings.group_size, version, self._loop.time())
         self._open[sequence] = group
@@ -262,6 +262,7 @@ class Scheduler:
                 self.ledger.filtered(key)
                 self._leave(sequence)
                 return
+        self.ledger.finished(key, group.version, [run.reward for run in runs])
         self.queue.finished(
             Group(
                 sequence=sequence,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 import aiohttp
 import anyio
 
-from asyncrl.errors import SamplerError, SamplerRequestError
+from asyncrl.errors import SamplerRequestError
 from asyncrl.sampling.load import EngineLoad, read_metrics
 from asyncrl.sampling.params import adapter_name, refusal
 from asyncrl.sampling.server import Server
@@ -20,7 +19,8 @@ T = TypeVar("T")
 
 METRICS_TIMEOUT_S = 10.0
 """5 to 13 ms on an idle server; a busy one answers between two engine steps."""
-RESUME_TIMEOUT_S = 30.0
+RESUME_TIMEOUT_S = 10.0
+"""Waited out even for a server that is lost: what is paused and forgotten would never draw again."""
 
 PAUSE: Mapping[str, Mapping[str, str]] = {
     "interrupt": {"mode": "keep", "clear_cache": "true"},

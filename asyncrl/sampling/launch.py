@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from asyncrl.config import Config
 from asyncrl.errors import ModelError, SamplerError
 
 HOST = "127.0.0.1"
-"""The endpoints that load weights have no authentication: nobody outside this machine may reach them."""
+"""Nobody outside this machine may reach the endpoints that load weights; inside of it a key is asked for."""
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as --max-lora-rank."""
@@ -27,6 +27,8 @@ concurrency controller that sheds load, and a bound all the same."""
 
 KEEP_ALIVE_S = 600
 """The client closes idle connections long before: a request never meets one that the server is closing."""
+
+KEY_MIDDLEWARE = "asyncrl.sampling.vllm_key.RequireKey"
 
 CPU_BATCH_TOKENS = 8192
 """Tokens of one engine step on a CPU; at least one whole prompt. vLLM 0.32 dies there on a seeded request whose prompt
@@ -67,17 +69,22 @@ class Launch:
     name: str
     port: int
     command: tuple[str, ...]
-    env: Mapping[str, str]
-    """Beside what is inherited."""
+    """Without the port."""
+    env: Mapping[str, str] = field(repr=False)
+    """Beside what is inherited. Holds the key."""
     log: Path
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        return (*self.command, "--port", str(self.port))
 
     @property
     def url(self) -> str:
         return f"http://{HOST}:{self.port}"
 
 
-def plan(config: Config, run_dir: Path, context_tokens: int | None, keep_versions: int) -> list[Launch]:
-    """One launch for each replica. Raises `SamplerError` or `ModelError` for what can be seen before the start."""
+def plan(config: Config, run_dir: Path, context_tokens: int | None, keep_versions: int, key: str) -> list[Launch]:
+    """One launch for each replica; `key` is what they ask for. Raises `SamplerError` or `ModelError` for what can be seen before the start."""
     on_cpu = installed_for_cpu()
     check_model(config.model)
     ports = pick_ports(config.sampler.port, config.sampler.replicas)
@@ -86,12 +93,17 @@ def plan(config: Config, run_dir: Path, context_tokens: int | None, keep_version
         Launch(
             name=f"vllm-{index}",
             port=port,
-            command=command(config, port, on_cpu=on_cpu, context_tokens=context_tokens, keep_versions=keep_versions),
-            env=environment(on_cpu=on_cpu) | pinned[index],
+            command=command(config, on_cpu=on_cpu, context_tokens=context_tokens, keep_versions=keep_versions),
+            env=environment(key, on_cpu=on_cpu) | pinned[index],
             log=run_dir / "logs" / f"vllm-{index}.log",
         )
         for index, port in enumerate(ports)
     ]
+
+
+def elsewhere(launch: Launch) -> Launch:
+    """The same launch on another free port: anybody may have taken the old one meanwhile."""
+    return replace(launch, port=pick_ports(0, 1)[0])
 
 
 def installed_for_cpu() -> bool:
@@ -116,10 +128,8 @@ def check_model(model: str) -> None:
         raise ModelError(f"model={model!r}: the folder {found}. Expected a name on the hub, or a model's folder.")
 
 
-def command(
-    config: Config, port: int, *, on_cpu: bool, context_tokens: int | None, keep_versions: int
-) -> tuple[str, ...]:
-    """`vllm serve` with what the sampler needs. docs/vllm.md says what each flag is for."""
+def command(config: Config, *, on_cpu: bool, context_tokens: int | None, keep_versions: int) -> tuple[str, ...]:
+    """`vllm serve` with what the sampler needs, but the port. docs/vllm.md says what each flag is for."""
     sampler = config.sampler
     # `vllm serve` asks for a distribution named vllm, which the CPU build is not: the module behind it does not.
     entry = (
@@ -129,7 +139,7 @@ def command(
     )
     wanted = config.trainer.dtype
     dtype = wanted if wanted != "auto" else "float32" if on_cpu else "bfloat16"
-    flags = ["--host", HOST, "--port", str(port), "--dtype", dtype]
+    flags = ["--host", HOST, "--dtype", dtype, "--middleware", KEY_MIDDLEWARE]
     flags += ["--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--disable-uvicorn-access-log"]
     flags += ["--max-num-queued-reqs", str(MAX_QUEUED), "--seed", str(config.seed)]
     flags += ["--worker-extension-cls", "asyncrl.sampling.vllm_worker.HotLoad"]
@@ -160,9 +170,10 @@ def lora_flags(rank: int, keep_versions: int) -> list[str]:
     ]
 
 
-def environment(*, on_cpu: bool) -> dict[str, str]:
+def environment(key: str, *, on_cpu: bool) -> dict[str, str]:
     """Switches on the endpoints that load weights; on a CPU also what makes it start fast and answer evenly."""
     env = {
+        "VLLM_API_KEY": key,
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_NO_USAGE_STATS": "1",

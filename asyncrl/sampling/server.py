@@ -1,4 +1,4 @@
-"""Starts vLLM servers, waits until they are ready, notices when one ends, and ends them.
+"""Starts vLLM servers, waits until they are ready, notices when one ends, starts it again, and ends them.
 
     async with serve(launches, timeout_s) as servers:
         ...
@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -29,6 +29,8 @@ logger = structlog.get_logger()
 GUARD = Path(__file__).with_name("guard.py")
 GRACE_S = 10.0
 """What a server gets to end by itself after SIGTERM. It took 0.1 s to 1 s on a CPU."""
+KILL_S = 5.0
+"""Until a killed process is gone. One that hangs in the kernel is left behind."""
 POLL_S = 0.2
 LOG_LINES = 25
 """Lines of the log in the message about a server that died."""
@@ -37,47 +39,57 @@ LOG_BYTES = 1 << 20
 
 
 class Server:
-    """One running vLLM server. Owns its process group."""
+    """A vLLM server, and those that are started in its place. Owns the process group, one at a time."""
 
-    def __init__(self, launch: Launch, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, launch: Launch) -> None:
         self.launch = launch
         self.obituary: str | None = None
         """Why the server is gone; None while it runs."""
-        self._process = process
-        self._stopping = False
+        self.on_end: Callable[[str], None] = lambda obituary: None
+        """Called when the server ends by itself."""
+        self._process: asyncio.subprocess.Process | None = None
         self._ended = anyio.Event()
-        self._watcher = asyncio.create_task(self._watch(), name=f"watch {launch.name}")
+        self._watcher: asyncio.Task[None]
+        self._log_begins = 0
 
-    @classmethod
-    async def start(cls, launch: Launch) -> Server:
+    async def start(self, launch: Launch) -> None:
+        """End what is left of the process before, at once, and start one. Not ready on return: `wait_until_ready`."""
+        if self._process is not None and not self._ended.is_set():
+            _kill(self._process.pid)
+            await self.ends_within(KILL_S)
+            self._watcher.cancel()
         launch.log.parent.mkdir(parents=True, exist_ok=True)
-        with launch.log.open("wb") as log:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", str(GUARD), str(GRACE_S), *launch.command),
+        # Appended to: why the process before this one ended is what one wants to read.
+        with launch.log.open("ab") as log, anyio.CancelScope(shield=True):  # no process without an owner
+            self._log_begins = log.tell()
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", str(GUARD), str(GRACE_S), *launch.argv),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
                 env={**os.environ, **launch.env},
                 start_new_session=True,
             )
-        return cls(launch, process)
+        self.launch, self.obituary, self._ended = launch, None, anyio.Event()
+        self._watcher = asyncio.create_task(self._watch(self._process), name=f"watch {launch.name}")
+        logger.info("vllm server starting", server=launch.name, url=launch.url, log=str(launch.log))
 
     @property
     def pid(self) -> int:
         """Of the guard, which is also the id of the process group."""
+        assert self._process is not None
         return self._process.pid
 
-    async def _watch(self) -> None:
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
         """Consumes the guard's last word, produces `obituary`. Woken by the end of the guard."""
-        assert self._process.stdout is not None
-        said = (await self._process.stdout.read()).decode().strip()
-        await self._process.wait()
-        self._kill()
-        code = int(said) if said else self._process.returncode
+        assert process.stdout is not None
+        said = (await process.stdout.read()).decode().strip()
+        await process.wait()
+        _kill(process.pid)
+        code = int(said) if said else process.returncode
         self.obituary = self._describe(code if code is not None else -signal.SIGKILL)
-        if not self._stopping:
-            logger.error("vllm server ended", server=self.launch.name, code=code, log=str(self.launch.log))
         self._ended.set()
+        self.on_end(self.obituary)
 
     def _describe(self, code: int) -> str:
         how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
@@ -96,9 +108,13 @@ class Server:
         return _last_lines(self._log())
 
     def _log(self) -> str:
-        with self.launch.log.open("rb") as log:
-            log.seek(max(0, self.launch.log.stat().st_size - LOG_BYTES))
-            return log.read().decode(errors="replace")
+        """What this process wrote, as far back as it matters."""
+        try:
+            with self.launch.log.open("rb") as log:
+                log.seek(max(self._log_begins, self.launch.log.stat().st_size - LOG_BYTES))
+                return log.read().decode(errors="replace")
+        except OSError as error:
+            return f"(the log cannot be read: {error})"
 
     async def ends_within(self, limit_s: float) -> bool:
         """Whether the server is gone, or goes within `limit_s`: a lost connection is noticed before an exit is."""
@@ -108,18 +124,22 @@ class Server:
 
     async def stop(self) -> None:
         """End the whole process group: SIGTERM, `GRACE_S`, SIGKILL. Cannot be cancelled, and is bounded."""
-        self._stopping = True
+        self.on_end = lambda obituary: None
         with anyio.CancelScope(shield=True):
+            if self._process is None:
+                return
             assert self._process.stdin is not None
             self._process.stdin.close()
             if not await self.ends_within(GRACE_S + 5):
-                self._kill()
-                await self.ends_within(5)
+                _kill(self.pid)
+                await self.ends_within(KILL_S)
             self._watcher.cancel()
 
-    def _kill(self) -> None:
-        with suppress(ProcessLookupError, PermissionError):  # gone; macOS says permission for a group of zombies
-            os.killpg(self.pid, signal.SIGKILL)
+
+def _kill(group: int) -> None:
+    """SIGKILL for all of a process group; also ends what is stopped or deaf."""
+    with suppress(ProcessLookupError, PermissionError):  # gone; macOS says permission for a group of zombies
+        os.killpg(group, signal.SIGKILL)
 
 
 def _last_lines(log: str) -> str:
@@ -135,16 +155,17 @@ async def serve(launches: Sequence[Launch], timeout_s: float) -> AsyncIterator[l
     servers: list[Server] = []
     try:
         for launch in launches:
-            servers.append(await Server.start(launch))
-            logger.info("vllm server starting", server=launch.name, url=launch.url, log=str(launch.log))
-        await _wait_until_ready(servers, timeout_s)
+            server = Server(launch)
+            servers.append(server)
+            await server.start(launch)
+        await wait_until_ready(servers, timeout_s)
         yield servers
     finally:
         with anyio.CancelScope(shield=True):
             await asyncio.gather(*(server.stop() for server in servers))
 
 
-async def _wait_until_ready(servers: Sequence[Server], timeout_s: float) -> None:
+async def wait_until_ready(servers: Sequence[Server], timeout_s: float) -> None:
     """Wait until each server answers /health. Raises `SamplerError` at once when one ends."""
     began = time.monotonic()
     waiting = list(servers)

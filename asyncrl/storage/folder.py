@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -117,14 +118,18 @@ class RunFolder:
         """Whether a run has begun here."""
         return self.config.is_file() and self.environment.is_file()
 
-    def begin_life(self, config: Config, number: int) -> None:
-        """The run goes on. Settings, environment and summary of the life before are kept in `logs/`."""
+    def begin_life(self, settings: BaseModel, number: int) -> None:
+        """The run goes on. Settings, environment and summary of the life before are kept in `logs/`.
+
+        At every moment the folder is that of a run, so that whoever is killed here can go on too.
+        """
         self.logs.mkdir(mode=0o700, exist_ok=True)
         for path in (self.config, self.environment, self.summary):
             if path.exists():
-                path.replace(self.logs / f"{path.stem}.life-{number - 1}{path.suffix}")
-        self.config.write_text(config_toml(config), encoding="utf-8")
+                shutil.copy2(path, self.logs / f"{path.stem}.life-{number - 1}{path.suffix}")
+        _write(self.config, config_toml(settings))
         _write_json(self.environment, environment())
+        self.summary.unlink(missing_ok=True)
 
     def holds(self) -> list[str]:
         """The names of the files that a new run must not overwrite.
@@ -165,7 +170,12 @@ def _new_name() -> Path:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Indented for readers; written beside and renamed. NaN becomes null."""
+    """Indented for readers. NaN becomes null."""
+    _write(path, json.dumps(json.loads(encode(value)), indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Beside it and renamed: a reader never sees half of it."""
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(json.loads(encode(value)), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(path)

@@ -90,7 +90,7 @@ class Ledger:
         assert key not in self._finished, f"the draw {key} finished twice"
         assert key not in self._interrupted, f"the draw {key} finished, but this process has not begun it"
         self._finished.add(key)
-        self._record("finished", key, self.sequences[key], version, rewards=json.dumps(rewards))
+        self._record("finished", key, self.sequences[key], version, rewards=rewards)
 
     def trained(self, key: Key, step: int) -> None:
         assert key in self._finished, f"the draw {key} was trained in step {step}, but it had not finished"
@@ -117,14 +117,14 @@ class Ledger:
         version: int | None = None,
         *,
         step: int | None = None,
-        rewards: str | None = None,
+        rewards: Sequence[float] | None = None,
         reason: str | None = None,
     ) -> None:
         self.position += 1
         if self._store is not None:
-            epoch, row = key
+            written = json.dumps(rewards) if rewards is not None else None
             self._store.write(
-                (self.position, time.time(), self._life, epoch, row, sequence, state, version, step, rewards, reason)
+                (self.position, time.time(), self._life, *key, sequence, state, version, step, written, reason)
             )
 
     # The account

@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -29,7 +29,7 @@ from urllib.parse import quote
 
 from asyncrl.config import Config
 from asyncrl.errors import CheckpointError, DataError, EngineError
-from asyncrl.open_files import sync
+from asyncrl.storage.checkpoints import sync
 from asyncrl.storage.ledger import Entry
 
 APPLICATION_ID = 0x41524C4C
@@ -159,20 +159,16 @@ class LedgerStore:
             EngineError: the file cannot be made or written.
         """
         resumed_from = resumed_at or 0
-        try:
-            connection = _connect_to_write(path)
-        except OSError as error:
-            raise _cannot_write(path, error.strerror or str(error)) from error
-        try:
-            _lay_out(connection, path)
-            life, position = _begin_life(connection, path, resumed_from, bounds)
-            sync(path.parent)
-        except (sqlite3.Error, OSError) as error:
-            connection.close()
-            raise _cannot_write(path, str(error)) from error
-        except BaseException:
-            connection.close()
-            raise
+        with ExitStack() as undo:
+            try:
+                connection = _connect_to_write(path)
+                undo.callback(connection.close)
+                _lay_out(connection, path)
+                life, position = _begin_life(connection, path, resumed_from, bounds)
+                sync(path.parent)
+            except (sqlite3.Error, OSError) as error:
+                raise _cannot_write(path, _reason(error)) from error
+            undo.pop_all()
         return cls(path, connection, life, position)
 
     def write(self, entry: Entry) -> None:
@@ -181,6 +177,7 @@ class LedgerStore:
         Raises:
             EngineError: an earlier one could not be written, or the disk has stood still for too long.
         """
+        assert not self._closing, "the ledger is closed"
         if self._failure is not None or len(self._waiting) >= MOST_WAITING:
             self._refuse()
         self._waiting.append(entry)
@@ -194,8 +191,10 @@ class LedgerStore:
         written: Future[None] = Future()
         self._flushes.append(written)
         self._hurry.set()
-        if not self._thread.is_alive():
+        if self._failure is not None:  # only now: until it is set, the thread answers whoever asks
             self._refuse()
+        if self._closing:
+            return
         try:
             async with asyncio.timeout(DISK_LIMIT_S):
                 await asyncio.wrap_future(written)
@@ -245,7 +244,7 @@ class LedgerStore:
                 _answer(asked, None)
                 if last:
                     break
-        except (sqlite3.Error, OSError) as error:
+        except Exception as error:  # whatever ends this thread must be told
             self._failure = _reason(error)
             _answer([*asked, *_taken(self._flushes)], sqlite3.OperationalError(self._failure))
         finally:
@@ -318,7 +317,9 @@ def _lay_out(connection: sqlite3.Connection, path: Path) -> None:
     try:
         if not (new := _is_empty(connection)):
             _require_ours(connection, path)
-    except sqlite3.DatabaseError as error:
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError as error:  # not SQLite's format, or damaged
         raise DataError(f"{path} is no ledger: {error}. Move it away, or choose another run_dir.") from None
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")

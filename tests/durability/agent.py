@@ -37,13 +37,17 @@ SETTINGS: dict[str, Any] = {
 
 
 def make_model(folder: Path) -> Path:
-    """A tiny random model that calls `roll`, and ends its turn with the call."""
-    from transformers import GenerationConfig
+    """A tiny model, random but for one habit: it calls `roll`, and then ends its turn."""
+    import torch
+    from transformers import AutoModelForCausalLM
 
     tokenizer = tiny_tokenizer(CALLS)
     tiny_model(folder, hidden=32, layers=1, max_seq_len=1024, tokenizer=tokenizer)
-    ends = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(CALLS))]
-    GenerationConfig(eos_token_id=ends).save_pretrained(folder)
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():  # one direction that calls alone have, and that the end of a turn looks for
+        network.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(list(CALLS)), 0] = 1.0
+        network.get_output_embeddings().weight[tokenizer.eos_token_id, 0] = 2.0
+    network.save_pretrained(folder)
     return folder
 
 

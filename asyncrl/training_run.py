@@ -1,0 +1,325 @@
+"""One training run, from an open run folder to its summary."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import asyncrl
+from asyncrl.agents.policy import PolicyContext
+from asyncrl.agents.transcript import as_metrics
+from asyncrl.assemble import assemble
+from asyncrl.checkpointing import Checkpointer, load_state
+from asyncrl.config import Config
+from asyncrl.data import Rows
+from asyncrl.ends import canary_tolerance, choose_sampler, open_policy, open_sampler, torch_threads
+from asyncrl.engine import Engine, Record, calm_collector
+from asyncrl.errors import AsyncRLError, StepFailed
+from asyncrl.interrupt import Interrupt
+from asyncrl.lives import Life
+from asyncrl.measure import beside, make_evaluator, policies
+from asyncrl.metrics.live import LiveView
+from asyncrl.metrics.report import where_time_went
+from asyncrl.metrics.sinks import SinkList, open_sinks
+from asyncrl.model_facts import ModelFacts, load_tokenizer
+from asyncrl.result import TrainResult
+from asyncrl.rollout.batch import Batch
+from asyncrl.rollout.contract import Contract
+from asyncrl.rollout.evaluations import Evaluated, EvaluationFn, Evaluations
+from asyncrl.rollout.factory import RolloutSetup, open_rollout
+from asyncrl.run_state import restore
+from asyncrl.storage.checkpoints import Checkpoints, resolve
+from asyncrl.storage.rollouts import RolloutLog
+from asyncrl.storage.samples import SampleRecorder
+from asyncrl.types import Probe, Sampler, Trainer
+
+PROBE_TOKENS = 16
+
+
+@dataclass(slots=True)
+class TrainingRun:
+    """Owns what is open while a run goes on."""
+
+    config: Config
+    facts: ModelFacts
+    life: Life
+    live: LiveView
+    interrupt: Interrupt
+    make_trainer: Callable[..., Any]
+    """`ThreadedTrainer`: the torch side is run.py's to see."""
+    total_steps: int
+    records: list[Record] = field(default_factory=list)
+
+    async def run(self, rollout: Callable[..., Any], rows: Rows, measure: EvaluationFn | None) -> TrainResult:
+        config, folder = self.config, self.life.folder
+        async with AsyncExitStack() as stack:
+            trainer, sampler = await self._open_ends(stack)
+            await self._load(trainer)
+            setup = RolloutSetup(config, folder.root, lambda: load_tokenizer(config.model))
+            function = await stack.enter_async_context(open_rollout(rollout, setup))
+            context = await stack.enter_async_context(open_policy(config, self.facts, sampler))
+            sinks = open_sinks(config.trackers, folder.root, config, self.life.step if self.life.number else None)
+            stack.callback(sinks.close)
+            rollouts = self._rollout_log()
+            stack.callback(rollouts.close)
+            engine = self._engine(stack, function, rows, sampler, trainer, context, sinks, rollouts)
+            evaluator = make_evaluator(config, self.facts, function, context, rollouts.write_evaluated)
+            evaluations = await stack.enter_async_context(
+                beside(engine, measure, evaluator, config=config, sinks=sinks, live=self.live)
+            )
+            engine.checkpoints = self._checkpointer(engine, trainer, evaluations)
+            await self._bring_in_step(engine, trainer)
+            before = await self._before(engine, evaluations)
+            wall_s = await self._train(engine, trainer, evaluations)
+            after = await self._evaluate_after(evaluations)
+        return TrainResult(
+            run_dir=folder.root,
+            steps=engine.step,
+            rollouts=engine.scheduler.finished_rollouts,
+            wall_s=wall_s,
+            worst_staleness=engine.worst_staleness,
+            ledger=engine.ledger.summary(),
+            interrupted=self.interrupt.requested,
+            before=before.result if before is not None else None,
+            after=after.result if after is not None else None,
+            evaluations=tuple(evaluations.done),
+            best=evaluations.best,
+            evaluations_missed=evaluations.skipped + evaluations.given_up,
+            ended_early=engine.scheduler.patience.lost,
+            export_name=config.export_name,
+            resumed_from=self.life.step if self.life.number else None,
+            checkpoint=engine.checkpoints.last.folder if engine.checkpoints.last is not None else None,
+        )
+
+    # What is opened
+
+    async def _open_ends(self, stack: AsyncExitStack) -> tuple[Trainer, Sampler]:
+        """The trainer first: a GPU that both share must show vLLM what is left."""
+        kind, reason = choose_sampler(self.config)
+        self.live.note(f"sampler: {kind} ({reason})")
+        root = self.life.folder.root
+        published = root / "weights"
+        shutil.rmtree(published, ignore_errors=True)  # of a life that was killed
+        stack.callback(shutil.rmtree, published, ignore_errors=True)  # what is worth keeping is in model/
+        trainer = await stack.enter_async_context(
+            self.make_trainer(
+                self.config,
+                total_steps=self.total_steps,
+                weights_format="files" if kind == "vllm" else "tensors",
+                publish_folder=published,
+                torch_threads=torch_threads(self.config),
+            )
+        )
+        return trainer, await stack.enter_async_context(open_sampler(self.config, self.facts, root))
+
+    async def _load(self, trainer: Trainer) -> None:
+        """Bring the trainer to where the run, or another one, had come."""
+        if self.life.checkpoint is not None:
+            step = await trainer.load_state_with_optimizer(self.life.checkpoint.trainer)
+            assert step == self.life.step, f"{self.life.checkpoint.folder} holds the weights of step {step}"
+        elif self.config.checkpoint.init_from is not None:
+            source = resolve(self.config.checkpoint.init_from, self.life.folder.root.parent)
+            await trainer.load_state(source.trainer)
+            self.live.note(f"weights: those of {source.folder}; the optimizer starts anew")
+
+    def _engine(
+        self,
+        stack: AsyncExitStack,
+        function: Any,
+        rows: Rows,
+        sampler: Sampler,
+        trainer: Trainer,
+        context: PolicyContext,
+        sinks: SinkList,
+        rollouts: RolloutLog,
+    ) -> Engine:
+        config, folder = self.config, self.life.folder
+        recorder = SampleRecorder(folder.samples, after_step=self.life.step) if config.record_samples else None
+        if recorder is not None:
+            stack.callback(recorder.close)
+
+        def on_step(record: Record, batch: Batch) -> None:
+            record |= as_metrics(context.totals)
+            context.totals.clear()
+            self.records.append(record)
+            sinks.write(record)
+            rollouts.write(int(record["step"]), batch.trained)
+            if recorder is not None:
+                recorder.write(int(record["step"]), batch.chunks)
+            self.live.step(record)
+
+        def on_failed_step(batch: Batch, error: StepFailed) -> None:
+            self.live.note(f"warning: {error}")
+            folder.write_diagnosis(batch.step + 1, str(error), batch.groups)
+            if recorder is not None:
+                recorder.write(batch.step + 1, batch.chunks, failed=str(error))
+
+        engine = assemble(
+            config,
+            function,
+            rows,
+            sampler=sampler,
+            trainer=trainer,
+            make_policy=policies(context),
+            on_step=on_step,
+            contract=Contract(self.facts.vocabulary, self.facts.max_seq_len),
+            canary_tolerance=canary_tolerance(config),
+            ledger_store=self.life.store,
+        )
+        engine.on_failed_step = on_failed_step
+        return engine
+
+    def _checkpointer(self, engine: Engine, trainer: Trainer, evaluations: Evaluations) -> Checkpointer:
+        config, life = self.config, self.life
+        if not config.checkpoint.interval and config.checkpoint.interval is not None:
+            self.live.note(
+                "warning: checkpoint.interval is 0, so no checkpoint is written on the way: a run that is killed "
+                "cannot be resumed."
+            )
+        return Checkpointer(
+            folder=Checkpoints(life.folder.root),
+            trainer=trainer,
+            config=config.checkpoint,
+            every_steps=max(1, config.publish.weight_sync_interval),
+            flush=engine.ledger.flush,
+            about=lambda: {
+                "asyncrl": asyncrl.__version__,
+                "model": config.model,
+                "data": life.data,
+                "evaluations": evaluations.found(),
+            },
+            life=life.number,
+            say=self.live.note,
+            last=life.checkpoint,
+        )
+
+    def _rollout_log(self) -> RolloutLog:
+        loaded: list[Any] = []
+
+        def decode(tokens: list[int]) -> str:
+            if not loaded:
+                loaded.append(load_tokenizer(self.config.model))  # its own: tokenizers are not for two threads at once
+            return str(loaded[0].decode(tokens))
+
+        return RolloutLog(self.life.folder.rollouts, decode, self.config.log_rollouts)
+
+    # What is done
+
+    async def _bring_in_step(self, engine: Engine, trainer: Trainer) -> None:
+        """Sampler, trainer and loop stand at the same step; the canary looks whether both ends hold the same model.
+
+        What the trainer did not start from the bare model is not in the sampler until it is loaded there.
+        """
+        config, life = self.config, self.life
+        fresh = life.checkpoint is None and config.lora.warm_start is None and config.checkpoint.init_from is None
+        keeps_base = life.checkpoint is not None and not config.publish.weight_sync_interval
+        if not fresh and not keeps_base:
+            await engine.publication.hot_load(await trainer.save_weights_for_sampler())
+        if not keeps_base:
+            tokens = tuple((7 * i + 3) % self.facts.vocabulary for i in range(PROBE_TOKENS))
+            logprobs = (await trainer.forward([tokens]))[0]
+            await engine.publication.check_canary(Probe(tokens, tuple(logprobs)), life.step)
+        if life.checkpoint is not None:
+            state = await asyncio.to_thread(load_state, life.checkpoint)
+            restore(engine, state)
+            waiting = f", with {len(state.groups)} finished groups" if state.groups else ""
+            self.live.note(f"resumed at step {state.step}{waiting}")
+
+    async def _before(self, engine: Engine, evaluations: Evaluations) -> Evaluated | None:
+        """The evaluation of the model that the run started from: this life's, or that of an earlier one."""
+        if self.life.checkpoint is None:
+            return await self._evaluate(evaluations.before)
+        evaluations.go_on(self.life.checkpoint.state()["evaluations"])
+        return next((evaluated for evaluated in evaluations.done if evaluated.version == 0), None)
+
+    async def _evaluate(self, measure: Callable[[], Awaitable[Evaluated | None]]) -> Evaluated | None:
+        return None if self.interrupt.requested else await measure()
+
+    async def _evaluate_after(self, evaluations: Evaluations) -> Evaluated | None:
+        """A Ctrl-C here gives up the evaluation alone: what was trained is saved, and has its summary."""
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            return await self._evaluate(evaluations.after)
+        except asyncio.CancelledError:
+            if not (self.interrupt.requested and task is self.interrupt.task):
+                raise
+            task.uncancel()
+            return None
+
+    async def _train(self, engine: Engine, trainer: Trainer, evaluations: Evaluations) -> float:
+        """Run the engine; whatever ends it, what was trained is kept. Returns the seconds it took."""
+        began = time.monotonic()
+
+        def stop() -> None:
+            evaluations.cancel()
+            engine.stop()
+
+        self.interrupt.stop = stop
+        if self.interrupt.requested:
+            stop()
+        try:
+            with calm_collector():
+                await engine.run()
+        finally:
+            evaluations.training_is_over()
+            try:
+                await self._keep(engine, trainer, failed=sys.exc_info()[0] is not None)
+            finally:
+                self.interrupt.stop = None
+                engine.ledger.close()
+        return time.monotonic() - began
+
+    async def _keep(self, engine: Engine, trainer: Trainer, *, failed: bool) -> None:
+        """Checkpoint and model of the last step. A run that fails before its first one has none that anybody wants."""
+        for what, keep in (("checkpoint", self._keep_checkpoint), ("model", self._keep_model)):
+            if failed and not engine.step:
+                continue
+            try:
+                await keep(engine, trainer, failed)
+            except (AsyncRLError, OSError) as error:
+                if not failed:
+                    raise
+                self.live.note(f"the {what} of step {engine.step} could not be saved: {error}")  # beside the first cause
+
+    async def _keep_checkpoint(self, engine: Engine, trainer: Trainer, failed: bool) -> None:
+        checkpoints = engine.checkpoints
+        assert checkpoints is not None
+        if self.config.checkpoint.final and engine.step:
+            await checkpoints.finish(engine.capture(), "failure" if failed else "final")
+        else:
+            await checkpoints.close()
+        if failed and checkpoints.last is not None:
+            self.live.note(f"the run failed; it can be resumed from {checkpoints.last.folder}")
+
+    async def _keep_model(self, engine: Engine, trainer: Trainer, failed: bool) -> None:
+        if self.config.save_model:
+            await trainer.save_model(self.life.folder.model)
+            if failed:
+                self.live.note(f"the model of step {engine.step} is in {self.life.folder.model}")
+
+    # How it ended
+
+    def conclude(self, result: TrainResult) -> None:
+        """Write the summary, and say how it went and where the time went."""
+        self.life.folder.write_summary(result.summary())
+        if self.records:
+            self.live.note(where_time_went(self.records))
+        for remark in (result.why_nothing_was_trained(), result.what_was_better(), result.how_to_go_on()):
+            if remark:
+                self.live.note(remark)
+        self.live.note(result.last_words(saved=self.config.save_model))
+
+    def conclude_failure(self, error: AsyncRLError) -> None:
+        """Leave a summary of a run that failed after it had trained something."""
+        if self.records:
+            with suppress(OSError):  # a full disk is reported already
+                self.life.folder.write_summary(
+                    {"steps": self.records[-1]["step"], "error": f"{type(error).__name__}: {error}"}
+                )

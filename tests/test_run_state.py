@@ -1,0 +1,171 @@
+"""A run that ends anywhere and goes on from its last checkpoint is the run that it would have been: in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncrl.agents.policy import Policy, PolicyContext
+from asyncrl.assemble import assemble
+from asyncrl.config import Config
+from asyncrl.engine import Engine
+from asyncrl.run_state import RunState, restore
+from asyncrl.testing.clock import run_virtual
+from asyncrl.testing.fakes import CountingTrainer, ScriptedSampler
+from asyncrl.testing.simulation import Outcome, timed_rollout
+from asyncrl.types import SamplingParams, Weights
+
+
+@dataclass
+class Saved:
+    """Keeps what a checkpoint would: as text, since what JSON cannot hold would be lost."""
+
+    every: int
+    states: list[RunState] = field(default_factory=list)
+
+    def due(self, step: int) -> bool:
+        return step % self.every == 0
+
+    async def save(self, state: RunState) -> None:
+        self.states.append(RunState(state.step, json.loads(json.dumps(state.loop)), list(state.groups)))
+
+    def raise_failure(self) -> None:
+        pass
+
+
+@dataclass
+class Lineage:
+    """What was trained, life after life, as far as later lives stand on it."""
+
+    trained: list[tuple[int, tuple[int, int], int]] = field(default_factory=list)
+    """(step, draw, staleness of its oldest token)"""
+    finished: bool = False
+    rollouts: int = 0
+
+    def rewind(self, step: int) -> None:
+        self.trained = [entry for entry in self.trained if entry[0] <= step]
+
+
+def live(config: Config, rows: int, seed: int, lineage: Lineage, state: RunState | None, stop_s: float | None) -> Saved:
+    """One life, from `state`, until its end or until `stop_s`: then nothing is saved any more."""
+    saved = Saved(every=2 * max(1, config.publish.weight_sync_interval))
+
+    async def work() -> None:
+        sampler = ScriptedSampler(publish_s=lambda: 0.3)
+        context = PolicyContext(
+            sampler, params=SamplingParams(max_tokens=1), max_seq_len=1 << 20, load_tokenizer=lambda: None
+        )
+
+        def on_step(record: dict[str, float], batch: object) -> None:
+            lineage.trained.extend(
+                (int(record["step"]), (group.epoch, group.row), batch.step - min(group.runs[0].segments[0].versions[1:]))
+                for group in batch.groups
+            )
+
+        async with CountingTrainer(step_s=lambda: 0.5) as trainer:
+            engine: Engine = assemble(
+                config,
+                timed_rollout(Outcome(), lambda rng: 0.2 + 10.0 * rng.random() ** 4, turns=2),
+                [{"row": row} for row in range(rows)],
+                sampler=sampler,
+                trainer=trainer,
+                make_policy=lambda session, version: Policy(context, session, version),
+                on_step=on_step,
+            )
+            engine.checkpoints = saved
+            if state is not None:
+                trainer.batches = [[] for _ in range(state.step)]
+                await sampler.publish(Weights(state.step, adapter=False, tensors={}))
+                restore(engine, state)
+            if stop_s is not None:
+                asyncio.get_running_loop().call_later(stop_s, engine.stop)
+            await engine.run()
+            lineage.finished = not engine.stopping
+            lineage.rollouts = engine.scheduler.finished_rollouts
+            engine.ledger.check()
+            if lineage.finished:
+                assert engine.ledger.pending == 0
+
+    run_virtual(work())
+    return saved
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    staleness=st.integers(0, 3),
+    policy=st.sampled_from(["wait", "pace"]),
+    batch=st.integers(1, 4),
+    chunks=st.integers(1, 2),
+    interval=st.integers(1, 2),
+    epochs=st.integers(1, 2),
+    filtered=st.sampled_from(["replace", "drop"]),
+    stops=st.lists(st.floats(0.1, 60.0), max_size=6),
+    seed=st.integers(0, 1000),
+)
+def test_every_prompt_is_trained_once_whenever_the_process_ends(
+    staleness: int,
+    policy: str,
+    batch: int,
+    chunks: int,
+    interval: int,
+    epochs: int,
+    filtered: str,
+    stops: list[float],
+    seed: int,
+) -> None:
+    rows = 23
+    interval = min(interval, staleness + 1)
+    config = Config(
+        model="none",
+        seed=seed,
+        completions_per_prompt=2,
+        prompt_groups_per_step=batch,
+        pipeline_chunks_per_step=min(chunks, batch),
+        on_filtered=filtered,
+        data={"epochs": epochs},
+        staleness={"policy": policy, "max_staleness": staleness},
+        publish={"weight_sync_interval": interval},
+        concurrency={"min_window": 8, "max_window": 8},
+    )
+    lineage, state = Lineage(), None
+    for stop_s in [*stops, None]:
+        lineage.rewind(state.step if state is not None else 0)
+        saved = live(config, rows, seed, lineage, state, stop_s)
+        state = saved.states[-1] if saved.states else state
+        if lineage.finished:
+            break
+    assert lineage.finished
+    times = Counter(draw for _, draw, _ in lineage.trained)
+    assert times == Counter({(epoch, row): 1 for epoch in range(epochs) for row in range(rows)})
+    assert sorted({step for step, _, _ in lineage.trained}) == list(range(1, -(-rows * epochs // batch) + 1))
+    if policy == "wait":
+        assert max(old for _, _, old in lineage.trained) <= staleness
+
+
+def test_finished_groups_are_trained_and_not_rolled_out_again() -> None:
+    """A slow prompt of the first batch holds a step up while many others finish."""
+    config = Config(
+        model="none",
+        completions_per_prompt=1,
+        advantage="reinforce",
+        prompt_groups_per_step=2,
+        staleness={"max_staleness": 4},
+        concurrency={"min_window": 8, "max_window": 8},
+    )
+    lineage = Lineage()
+    saved = live(config, 40, 0, lineage, None, 30.0)
+    state = next(state for state in saved.states if len(state.groups) > 1)
+    waiting = {(group.epoch, group.row) for group in state.groups}
+    unfinished = {tuple(key) for key in state.loop["unfinished"]}
+    assert not waiting & unfinished
+    lineage.rewind(state.step)
+
+    live(config, 40, 0, lineage, state, None)
+    assert {draw for _, draw, _ in lineage.trained} == {(0, row) for row in range(40)}
+    left = 40 - 2 * state.step - len(waiting)
+    assert lineage.rollouts == state.loop["rollouts"] + left, "what was finished was not rolled out again"

@@ -22,6 +22,7 @@ from asyncrl.rollout.scheduler import PolicyFactory, RolloutFn, RolloutSettings,
 from asyncrl.rollout.staleness import StalenessBudget
 from asyncrl.storage.ledger import EventStore, Ledger
 from asyncrl.types import Sampler, Trainer
+from asyncrl.watchdog import Watchdog
 
 
 def assemble(
@@ -37,6 +38,7 @@ def assemble(
     contract: Contract | None = None,
     canary_tolerance: float | None = None,
     ledger_store: EventStore | None = None,
+    watchdog: Watchdog | None = None,
 ) -> Engine:
     """An engine that is ready to `run`. The sampler and the trainer must have been entered."""
     hard = config.staleness.policy == "wait"
@@ -78,6 +80,7 @@ def assemble(
         ledger=ledger,
         sampler=sampler,
         trainer=trainer,
+        watchdog=watchdog or Watchdog(config.stall_timeout_s),
         on_step=on_step,
         on_gauges=on_gauges,
     )
@@ -93,7 +96,6 @@ def engine_settings(config: Config, canary_tolerance: float | None) -> EngineSet
         sync_interval=config.publish.weight_sync_interval,
         publish_timeout_s=config.publish.timeout_s,
         canary_tolerance=canary_tolerance,
-        stall_timeout_s=config.stall_timeout_s,
         max_steps=config.max_steps,
         skip_steps=config.trainer.skip_steps,
     )

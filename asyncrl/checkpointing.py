@@ -134,7 +134,12 @@ class Checkpointer:
             await asyncio.to_thread(_write_loop, state, about, unfinished)
             await written
             await self.flush()
-            entry = {"reason": reason, "life": self.life, "groups_waiting": len(state.groups)}
+            entry = {
+                "reason": reason,
+                "life": self.life,
+                "groups_waiting": len(state.groups),
+                "ledger_position": state.loop["ledger"]["position"],
+            }
             self.last = await asyncio.to_thread(self._commit, state.step, entry)
         except OSError as error:
             self._given_up(state.step, error)
@@ -151,7 +156,9 @@ class Checkpointer:
         """Not fatal while the run folder is there: the last good one stays."""
         self.folder.abandon(step)
         if not self.folder.run.is_dir():
-            raise EngineError(f"the run folder {self.folder.run} is gone, so nothing of this run could be kept.") from error
+            raise EngineError(
+                f"the run folder {self.folder.run} is gone, so nothing of this run could be kept."
+            ) from error
         kept = f"the newest is that of step {self.last.step}" if self.last is not None else "there is none yet"
         log.error("a checkpoint could not be written", step=step, error=repr(error))
         self.say(f"warning: the checkpoint of step {step} could not be written ({error.strerror or error}); {kept}")

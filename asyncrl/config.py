@@ -116,8 +116,8 @@ class Config(Section):
     stop_timeout_s: PositiveFloat = 300.0
     """After Ctrl-C or SIGTERM the step is finished, published and saved; the process ends after so long in any case."""
     deterministic: bool = False
-    """The same seed gives the same weights, bit by bit. On-policy, with the embedded sampler, one request at a time: for
-    debugging, not for speed."""
+    """The same seed gives the same weights, bit by bit, if rollout functions do the same. On-policy, with the embedded
+    sampler, one request at a time and one thread on a CPU: for debugging, not for speed."""
     record_samples: bool = True
     """Keep what is trained on, so that `asyncrl replay` can train again from it."""
     trackers: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()

@@ -9,11 +9,13 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Literal
 
+from asyncrl.agents.endpoint import Endpoint
+from asyncrl.agents.policy import PolicyContext
 from asyncrl.config import Config
 from asyncrl.installation import auto_sampler, inspect_installation
-from asyncrl.model_facts import ModelFacts
+from asyncrl.model_facts import ModelFacts, load_tokenizer
 from asyncrl.saved_adapter import SETTINGS, WEIGHTS, read_adapter
-from asyncrl.types import Sampler, Weights
+from asyncrl.types import Sampler, SamplingParams, Weights
 
 CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 
@@ -104,6 +106,29 @@ def _exact_kernels(config: Config) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@asynccontextmanager
+async def open_policy(config: Config, facts: ModelFacts, sampler: Sampler) -> AsyncIterator[PolicyContext]:
+    """What the rollouts of a run share, their endpoint open as long as the block."""
+    sampling = config.sampling
+    params = SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        stop_token_ids=facts.stop_token_ids,
+    )
+    async with Endpoint(config.endpoint) as endpoint:
+        yield PolicyContext(
+            sampler,
+            params=params,
+            max_seq_len=facts.max_seq_len,
+            load_tokenizer=lambda: load_tokenizer(config.model),
+            chat=config.chat,
+            endpoint=endpoint,
+            seed=config.seed if config.deterministic else None,
+        )
 
 
 def split_adapter(config: Config) -> tuple[Config, Path | None]:

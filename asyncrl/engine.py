@@ -17,12 +17,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import structlog
 
-from asyncrl.errors import SamplerRequestError, StallError, StepFailed, TrainerError, first_failure
+from asyncrl.errors import SamplerRequestError, StepFailed, TrainerError, first_failure
 from asyncrl.metrics.lag import LagMeter, watch_lag
 from asyncrl.publication import Publication
 from asyncrl.rollout.batch import Batch, chunk_sizes
@@ -33,6 +33,7 @@ from asyncrl.rollout.staleness import Verdict
 from asyncrl.run_state import RunState, capture
 from asyncrl.storage.ledger import Ledger
 from asyncrl.types import Group, Load, Sampler, StepResult, Trainer, TrainSequence
+from asyncrl.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from asyncrl.checkpointing import Checkpointer
@@ -58,7 +59,6 @@ class EngineSettings:
     publish_timeout_s: float
     canary_tolerance: float | None
     """None: no canary."""
-    stall_timeout_s: float
     max_steps: int | None
     skip_steps: int = 0
     """Steps in a row that may fail."""
@@ -85,6 +85,7 @@ class Engine:
     ledger: Ledger
     sampler: Sampler
     trainer: Trainer
+    watchdog: Watchdog
     on_step: Callable[[Record, Batch], None]
     on_gauges: Callable[[Mapping[str, float]], None] = lambda gauges: None
     on_published: Callable[[int], None] = lambda version: None
@@ -132,13 +133,13 @@ class Engine:
         self._step_began_at = _now()
         self._started_at = _now() - self._elapsed_before_s
         try:
-            async with self.scheduler, anyio.create_task_group() as helpers:
-                helpers.start_soon(self._watch_load, name="asyncrl load monitor")
-                helpers.start_soon(self._watch_progress, name="asyncrl watchdog")
-                helpers.start_soon(watch_lag, self._lag, name="asyncrl lag monitor")
-                self.scheduler.pump()
-                await self._train()
-                helpers.cancel_scope.cancel()
+            with self.watchdog.phase("training", marks=self._marks, describe=self.describe):
+                async with self.scheduler, anyio.create_task_group() as helpers:
+                    helpers.start_soon(self._watch_load, name="asyncrl load monitor")
+                    helpers.start_soon(watch_lag, self._lag, name="asyncrl lag monitor")
+                    self.scheduler.pump()
+                    await self._train()
+                    helpers.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             raise first_failure(group) from None
         finally:
@@ -339,26 +340,16 @@ class Engine:
             self.on_gauges(self.gauges())
             await anyio.sleep(LOAD_EVERY_S)
 
-    async def _watch_progress(self) -> None:
-        """End the run when nothing has moved for too long."""
-        limit = self.settings.stall_timeout_s
-        seen, since = None, _now()
-        while True:
-            marks = (self.scheduler.finished_rollouts, self.step, self.published, self._phase, self._generated())
-            if marks != seen:
-                seen, since = marks, _now()
-            elif _now() - since >= limit:
-                raise StallError(self.describe(f"nothing has moved for stall_timeout_s={limit:g} s"))
-            await anyio.sleep(limit / 20)
+    def _marks(self) -> tuple[Any, ...]:
+        """What changes when something moves."""
+        return (self.scheduler.finished_rollouts, self.step, self.published, self._phase, self._generated())
 
     def _generated(self) -> int:
         return self._load.generated_tokens if self._load is not None else 0
 
-    def describe(self, headline: str) -> str:
+    def describe(self, now: float) -> list[str]:
         """Who waits for what, since when."""
-        now = _now()
         lines = [
-            f"{headline}.",
             f"engine: {self._phase}, for {now - self._phase_since:.0f} s",
             f"queue: {len(self.queue)} finished groups, {self.scheduler.open_groups} unfinished",
             f"slots: {self.slots.in_flight} of {self.slots.window_size} rollouts, "
@@ -366,8 +357,7 @@ class Engine:
             f"staleness budget: {self.scheduler.budget.free} of {self.scheduler.budget.slots} groups free",
             f"sampler: {self._load}",
         ]
-        lines += [f"rollout: {member}, for {age_s:.0f} s" for member, age_s in self.scheduler.oldest()]
-        return "\n".join(lines)
+        return lines + [f"rollout: {member}, for {age_s:.0f} s" for member, age_s in self.scheduler.oldest()]
 
     # What it tells
 

@@ -4,7 +4,7 @@ that are no error of its own (an error that nobody catches is 1, as everywhere i
     0      finished
     1      the run could not go on
     2      something that the user wrote cannot be used
-    3      stalled: nothing moved for too long, or the event loop was blocked; `stalled.txt` in the run folder says where
+    3      stalled: nothing moved for too long, or the event loop was blocked; stalled.txt in the run folder says where
     4      cut short: by a second signal, or because a stop took longer than `stop_timeout_s`; resume from a checkpoint
     129    stopped cleanly, as SIGHUP asked: the terminal is gone
     130    stopped cleanly, as SIGINT (Ctrl-C) asked

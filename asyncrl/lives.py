@@ -64,7 +64,9 @@ def open_life(config: Config, rows: Rows, resume: Resume) -> Iterator[Life]:
     folder = RunFolder(root.absolute(), config.export_name) if goes_on and root else RunFolder.create(config)
     with folder.lock():
         position = checkpoint.state()["loop"]["ledger"]["position"] if checkpoint is not None else 0
-        store = LedgerStore.open(folder.ledger, resumed_at=position if goes_on else None, bounds=Bounds.of(config, len(rows)))
+        store = LedgerStore.open(
+            folder.ledger, resumed_at=position if goes_on else None, bounds=Bounds.of(config, len(rows))
+        )
         try:
             life = Life(folder, store, data, checkpoint)
             if goes_on:
@@ -82,7 +84,9 @@ def find(config: Config, resume: Resume) -> tuple[Checkpoint | None, Path | None
         return None, config.run_dir
     if resume is True or resume == "latest":
         if config.run_dir is None:
-            raise ConfigError("resume: there is no run to go on with. Set run_dir, or name a run folder: resume='runs/...'.")
+            raise ConfigError(
+                "resume: there is no run to go on with. Set run_dir, or name a run folder: resume='runs/...'."
+            )
         return Checkpoints(config.run_dir).latest(), config.run_dir
     which = str(resume)
     if config.run_dir is not None and NAME.fullmatch(which):

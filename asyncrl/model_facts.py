@@ -10,6 +10,10 @@ from asyncrl.errors import ModelError
 
 LONGEST_DEFAULT_TOKENS = 8192
 """`max_seq_len` where the user names none: what the model allows, but not the 128k of some."""
+NO_CODE = {"trust_remote_code": False}
+"""For every `from_pretrained`: code that comes with a model is not run, and nobody is asked on a terminal either."""
+DATA_ALONE = {**NO_CODE, "use_safetensors": True}
+"""For those that read weights: a `pytorch_model.bin` is a pickle, and pickles can be programs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,7 @@ def read_facts(model: str, max_seq_len: int | None) -> ModelFacts:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, **NO_CODE)
     except (OSError, ValueError) as error:
         raise ModelError(_not_found(model, error)) from None
     text = config.get_text_config()
@@ -62,7 +66,7 @@ def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, **NO_CODE)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"the tokenizer of {model} cannot be loaded: {_first_line(error)} Expected tokenizer.json and "
@@ -75,7 +79,7 @@ def _stop_tokens(model: str, config: Any) -> tuple[int, ...]:
 
     found: list[int] = []
     try:
-        sources = [config, GenerationConfig.from_pretrained(model)]
+        sources = [config, GenerationConfig.from_pretrained(model, **NO_CODE)]
     except OSError:
         sources = [config]
     for source in sources:
@@ -84,7 +88,23 @@ def _stop_tokens(model: str, config: Any) -> tuple[int, ...]:
     return tuple(sorted(set(found)))
 
 
+def why_unusable(model: str) -> str:
+    """What keeps a folder from being a model that asyncrl opens, where that can be told; else nothing."""
+    pickles = sorted(path.name for path in Path(model).glob("*.bin")) if Path(model).is_dir() else []
+    if not pickles or any(Path(model).glob("*.safetensors")):
+        return ""
+    return (
+        f" {pickles[0]} is a pickle, which can run code as it is opened. If you trust it, convert it once: "
+        f"AutoModelForCausalLM.from_pretrained({model!r}).save_pretrained('new-folder'), and the tokenizer likewise."
+    )
+
+
 def _not_found(model: str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            f"{model} comes with code of its own, and asyncrl does not run code that comes with a model. Expected an "
+            "architecture that `transformers` itself knows."
+        )
     if Path(model).exists():
         return (
             f"{model} holds no model that transformers can open: {_first_line(error)} "

@@ -41,6 +41,10 @@ class TrainResult:
     evaluations_missed: int = 0
     """Evaluations that were due while another one ran, or came to no result."""
     export_name: str = "model"
+    resumed_from: int | None = None
+    """The step that this process went on from. None: it started the run."""
+    checkpoint: Path | None = None
+    """The newest."""
 
     @property
     def model_dir(self) -> Path:
@@ -56,6 +60,7 @@ class TrainResult:
             "worst_staleness": self.worst_staleness,
             "interrupted": self.interrupted,
             "ended_early": self.ended_early,
+            "resumed_from": self.resumed_from,
             "reward_before": self.before.mean if self.before else None,
             "reward_after": self.after.mean if self.after else None,
             "reward_best": self.best.reward.mean if self.best and self.best.reward else None,
@@ -82,6 +87,16 @@ class TrainResult:
         if not (self.best and self.best.reward and last and last.reward and self.best.reward.mean > last.reward.mean):
             return None
         return f"the best held-out reward was {self.best.reward}, at step {self.best.version} of {self.steps}"
+
+    def how_to_go_on(self) -> str | None:
+        """For whoever stopped it."""
+        if not self.interrupted:
+            return None
+        if self.checkpoint is None:
+            return "there is no checkpoint: nothing was trained, or checkpoint.final is off"
+        return (
+            f"go on with it: asyncrl resume {self.run_dir} (from Python: run_dir={str(self.run_dir)!r} and resume=True)"
+        )
 
     def last_words(self, *, saved: bool) -> str:
         """One sentence on how it ended and where the model is."""

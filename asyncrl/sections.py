@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from asyncrl.private import hide_secrets
 from asyncrl.saved_adapter import read_adapter
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -179,6 +180,17 @@ class SamplerConfig(Section):
     """How long one request may take."""
     outage_timeout_s: PositiveFloat = 300.0
     """A server that dies or does not answer is started again; the run ends when none has answered for so long."""
+
+    @field_validator("urls")
+    @classmethod
+    def _hold_no_password(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            if "@" in url.partition("://")[2].partition("/")[0]:
+                raise ValueError(
+                    f"sampler.urls: {hide_secrets(url)} holds a user name or a password, which would stand in "
+                    "config.toml and in logs. Leave it out, and put the server's key into the variable VLLM_API_KEY."
+                )
+        return urls
 
 
 POLICY_LOSS_NAMES = ("grpo", "importance_sampling", "reinforce", "dapo", "gspo", "gspo_token", "cispo", "dro")

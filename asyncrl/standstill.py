@@ -81,9 +81,12 @@ def places_of(task: asyncio.Task[Any]) -> list[Place]:
 
 def where(task: asyncio.Task[Any]) -> str:
     """Where a task stands, in one line: the innermost lines of it that are not Python's own."""
+    code = task.get_coro()
+    if inspect.iscoroutine(code) and code.cr_running:
+        return "nothing: it is running"
     places = places_of(task)
     told = [place.short for place in places if distance(place.file) < STDLIB_DISTANCE] or [p.short for p in places[-1:]]
-    return " > ".join(told[-SHORT_PLACES:]) or "nowhere: it is about to start or to end"
+    return " > ".join(told[-SHORT_PLACES:]) or "nothing: it is about to end"
 
 
 def tasks_report(tasks: Iterable[asyncio.Task[Any]]) -> list[str]:

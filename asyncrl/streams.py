@@ -55,7 +55,7 @@ def _lasting(stream: io.TextIOWrapper) -> TextIO:
     raw = LastingFile(stream.fileno(), "wb", closefd=False)
     unbuffered = not isinstance(stream.buffer, io.BufferedWriter)  # python -u
     return io.TextIOWrapper(
-        raw if unbuffered else io.BufferedWriter(raw),  # type: ignore[arg-type]  # as the interpreter makes it with -u
+        raw if unbuffered else io.BufferedWriter(raw),  # as the interpreter makes it with -u
         encoding=stream.encoding,
         errors=stream.errors,
         line_buffering=stream.line_buffering,

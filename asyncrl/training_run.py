@@ -38,8 +38,11 @@ from asyncrl.storage.checkpoints import Checkpoints, resolve
 from asyncrl.storage.rollouts import RolloutLog
 from asyncrl.storage.samples import SampleRecorder
 from asyncrl.types import Probe, Sampler, Trainer
+from asyncrl.watchdog import Watchdog
 
 PROBE_TOKENS = 16
+LOAD_LIMIT_S = 4 * 3600.0
+"""For a model of any size, from the hub, over a slow line."""
 
 
 @dataclass(slots=True)
@@ -51,6 +54,7 @@ class TrainingRun:
     life: Life
     live: LiveView
     interrupt: Interrupt
+    watchdog: Watchdog
     make_trainer: Callable[..., Any]
     """`ThreadedTrainer`: the torch side is run.py's to see."""
     total_steps: int
@@ -60,9 +64,11 @@ class TrainingRun:
         config, folder = self.config, self.life.folder
         async with AsyncExitStack() as stack:
             trainer, sampler = await self._open_ends(stack)
-            await self._load(trainer)
+            with self.watchdog.phase("loading the checkpoint"):
+                await self._load(trainer)
             setup = RolloutSetup(config, folder.root, lambda: load_tokenizer(config.model))
-            function = await stack.enter_async_context(open_rollout(rollout, setup))
+            with self.watchdog.phase("opening the rollout function"):
+                function = await stack.enter_async_context(open_rollout(rollout, setup))
             context = await stack.enter_async_context(open_policy(config, self.facts, sampler))
             sinks = open_sinks(config.trackers, folder.root, config, self.life.step if self.life.number else None)
             stack.callback(sinks.close)
@@ -74,7 +80,8 @@ class TrainingRun:
                 beside(engine, measure, evaluator, config=config, sinks=sinks, live=self.live)
             )
             engine.checkpoints = self._checkpointer(engine, trainer, evaluations)
-            await self._bring_in_step(engine, trainer)
+            with self.watchdog.phase("bringing the sampler to the trainer's weights"):
+                await self._bring_in_step(engine, trainer)
             before = await self._before(engine, evaluations)
             wall_s = await self._train(engine, trainer, evaluations)
             after = await self._evaluate_after(evaluations)
@@ -107,16 +114,18 @@ class TrainingRun:
         published = root / "weights"
         shutil.rmtree(published, ignore_errors=True)  # of a life that was killed
         stack.callback(shutil.rmtree, published, ignore_errors=True)  # what is worth keeping is in model/
-        trainer = await stack.enter_async_context(
-            self.make_trainer(
-                self.config,
-                total_steps=self.total_steps,
-                weights_format="files" if kind == "vllm" else "tensors",
-                publish_folder=published,
-                torch_threads=torch_threads(self.config),
+        with self.watchdog.phase("loading the model", limit_s=LOAD_LIMIT_S):
+            trainer = await stack.enter_async_context(
+                self.make_trainer(
+                    self.config,
+                    total_steps=self.total_steps,
+                    weights_format="files" if kind == "vllm" else "tensors",
+                    publish_folder=published,
+                    torch_threads=torch_threads(self.config),
+                )
             )
-        )
-        return trainer, await stack.enter_async_context(open_sampler(self.config, self.facts, root))
+        with self.watchdog.phase("opening the sampler", limit_s=LOAD_LIMIT_S):
+            return trainer, await stack.enter_async_context(open_sampler(self.config, self.facts, root))
 
     async def _load(self, trainer: Trainer) -> None:
         """Bring the trainer to where the run, or another one, had come."""
@@ -171,6 +180,7 @@ class TrainingRun:
             contract=Contract(self.facts.vocabulary, self.facts.max_seq_len),
             canary_tolerance=canary_tolerance(config),
             ledger_store=self.life.store,
+            watchdog=self.watchdog,
         )
         engine.on_failed_step = on_failed_step
         return engine
@@ -234,19 +244,24 @@ class TrainingRun:
     async def _before(self, engine: Engine, evaluations: Evaluations) -> Evaluated | None:
         """The evaluation of the model that the run started from: this life's, or that of an earlier one."""
         if self.life.checkpoint is None:
-            return await self._evaluate(evaluations.before)
+            return await self._evaluate(evaluations, evaluations.before)
         evaluations.go_on(self.life.checkpoint.state()["evaluations"])
         return next((evaluated for evaluated in evaluations.done if evaluated.version == 0), None)
 
-    async def _evaluate(self, measure: Callable[[], Awaitable[Evaluated | None]]) -> Evaluated | None:
-        return None if self.interrupt.requested else await measure()
+    async def _evaluate(
+        self, evaluations: Evaluations, measure: Callable[[], Awaitable[Evaluated | None]]
+    ) -> Evaluated | None:
+        if self.interrupt.requested:
+            return None
+        with self.watchdog.phase("evaluation", marks=evaluations.gauges):
+            return await measure()
 
     async def _evaluate_after(self, evaluations: Evaluations) -> Evaluated | None:
         """A Ctrl-C here gives up the evaluation alone: what was trained is saved, and has its summary."""
         task = asyncio.current_task()
         assert task is not None
         try:
-            return await self._evaluate(evaluations.after)
+            return await self._evaluate(evaluations, evaluations.after)
         except asyncio.CancelledError:
             if not (self.interrupt.requested and task is self.interrupt.task):
                 raise
@@ -282,11 +297,14 @@ class TrainingRun:
             if failed and not engine.step:
                 continue
             try:
-                await keep(engine, trainer, failed)
+                with self.watchdog.phase(f"saving the {what}"):
+                    await keep(engine, trainer, failed)
             except (AsyncRLError, OSError) as error:
                 if not failed:
                     raise
-                self.live.note(f"the {what} of step {engine.step} could not be saved: {error}")  # beside the first cause
+                self.live.note(
+                    f"the {what} of step {engine.step} could not be saved: {error}"
+                )  # beside the first cause
 
     async def _keep_checkpoint(self, engine: Engine, trainer: Trainer, failed: bool) -> None:
         checkpoints = engine.checkpoints

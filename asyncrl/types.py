@@ -74,6 +74,10 @@ class Load:
     """Counter: requests that were refused (queue full) or lost on the way."""
     generated_tokens: int = 0
     """Counter: tokens drawn since the start."""
+    replicas_up: int | None = None
+    """Servers that requests go to, now; None: the sampler has no servers."""
+    replicas_lost: int = 0
+    """Counter: servers that died, hung, or were out of reach."""
 
 
 @dataclass(frozen=True, slots=True)

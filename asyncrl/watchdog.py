@@ -1,4 +1,4 @@
-"""Nothing waits for ever: what a run is at has a name and a limit, and a standstill ends it and says who waits for what.
+"""Nothing waits for ever: what a run is at has a name and a limit. A standstill ends it, and says who waits for what.
 
     watchdog = Watchdog(1800.0, report_file=folder / "stalled.txt")
     with watchdog.phase("opening the sampler"):
@@ -21,8 +21,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import anyio
-
 from asyncrl.errors import StallError
 from asyncrl.standstill import busy_threads, tasks_report, threads_report, where
 
@@ -44,15 +42,31 @@ class Phase:
     task: asyncio.Task[Any]
     loop: asyncio.AbstractEventLoop
     since: float = field(init=False)
-    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    cancelling: int = field(init=False)
+    """Cancellations that were under way before."""
     stall: StallError | None = None
     seen: Any = None
     looks: int = 0
     """In a row that found nothing new."""
     timer: asyncio.TimerHandle | None = None
 
+    cancelled: int = 0
+    """How often the stall has cancelled it."""
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+        self.task.cancel()
+
+    def forget_cancellations(self) -> bool:
+        """Those of the stall. False: somebody else cancelled the task too."""
+        while self.cancelled:
+            self.cancelled -= 1
+            self.task.uncancel()
+        return self.task.cancelling() <= self.cancelling
+
     def __post_init__(self) -> None:
         self.since = self.loop.time()
+        self.cancelling = self.task.cancelling()
 
 
 class Watchdog:
@@ -97,29 +111,30 @@ class Watchdog:
         self._phases.append(phase)
         self._entered += 1
         try:
-            with phase.scope:
-                self._look(phase)
-                yield
-        except Exception as error:
-            if phase.stall is not None:
+            self._look(phase)
+            yield
+        except BaseException as error:
+            # As `asyncio.timeout` does it, and not by a scope of anyio: what is opened in a phase may outlive it.
+            if phase.stall is not None and phase.forget_cancellations():
                 raise phase.stall from error
             raise
         finally:
             self._phases.remove(phase)
             if phase.timer is not None:
                 phase.timer.cancel()
-        if phase.stall is not None:
+        if phase.stall is not None:  # it had swallowed its cancellation
+            phase.forget_cancellations()
             raise phase.stall
 
     def _look(self, phase: Phase) -> None:
         seen = (self._entered, phase is self._phases[-1] and phase.marks())
         phase.looks = phase.looks + 1 if seen == phase.seen and phase is self._phases[-1] else 0
         phase.seen = seen
-        if phase.looks < LOOKS:
-            phase.timer = phase.loop.call_later(phase.limit_s / LOOKS, self._look, phase)
-        else:
+        if phase.looks >= LOOKS and phase.stall is None:
             phase.stall = StallError(self.report(f"nothing has moved for {phase.limit}"))
-            phase.scope.cancel()
+        if phase.stall is not None:  # once more at each look: code may swallow one
+            phase.cancel()
+        phase.timer = phase.loop.call_later(phase.limit_s / LOOKS, self._look, phase)
 
     def report(self, headline: str, loop: asyncio.AbstractEventLoop | None = None) -> str:
         """Write who waits for what to the report file. Returns the gist, the culprit first.

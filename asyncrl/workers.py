@@ -8,6 +8,7 @@ and can be ended. Both wait for a slot of their own kind, so heavy code starves 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextvars
 import functools
 import os
@@ -316,14 +317,23 @@ def _answer(request: bytes, name: str, parent: int) -> bytes:
 
 @functools.cache
 def _end_with(parent: int) -> None:
-    """In the worker: end when the run has, however it ended. An idle worker reads from it and sees that by itself; one
-    that computes for ever would not."""
+    """In the worker: end when the run has, however it ended, with all programs that were started here. An idle worker
+    reads from the run and sees its end by itself; one that computes for ever would not."""
+    leads = os.name == "posix"
+    if leads:
+        os.setpgid(0, 0)
+
+    def end() -> None:
+        if leads:
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(PARENT_EVERY_S)
-        os._exit(1)
+        end()
 
+    atexit.register(end)
     threading.Thread(target=watch, name="asyncrl parent watch", daemon=True).start()
 
 

@@ -29,7 +29,8 @@ BOTTOM = {
     "types.py": set(),
     "errors.py": set(),
     "saved_adapter.py": {"asyncrl.errors"},
-    "sections.py": {"asyncrl.saved_adapter"},
+    "private.py": set(),
+    "sections.py": {"asyncrl.private", "asyncrl.saved_adapter"},
     "config.py": {"asyncrl.errors", "asyncrl.sections"},
 }
 LONGEST_FILE, MEDIAN_FILE = 450, 200

@@ -19,6 +19,7 @@ from asyncrl.config import Config
 from asyncrl.errors import ConfigError
 from asyncrl.rollout.queue import GroupOrder
 from asyncrl.sampling.transformers import TransformersSampler
+from asyncrl.testing.models import tiny_model
 from asyncrl.types import Completion, Group, SampleRequest, SamplingParams
 from tests.durability.agent import HELD_OUT, ROWS, SETTINGS, make_model, rollout
 
@@ -59,7 +60,7 @@ class TestARun:
         assert same(first, again)
         assert (first.result.ledger, first.measured) == (again.result.ledger, again.measured)
         assert len(first.measured) >= 3, "before, beside and after the training"
-        assert 0 < first.result.ledger["filtered"] < len(ROWS), "which groups are filtered is drawn too"
+        assert 0 < first.result.ledger["filtered"] < 2 * len(ROWS), "and which groups are filtered is drawn too"
         assert not same(first, train(agent, tmp_path / "other", seed=8))
 
     def test_has_the_same_bits_with_an_adapter(self, agent: Path, tmp_path: Path) -> None:
@@ -116,7 +117,8 @@ class TestTheSeedOfARequest:
 
 
 class TestTheEmbeddedSampler:
-    async def test_gives_a_request_the_same_bits_whatever_came_before_or_is_beside_it(self, agent: Path) -> None:
+    async def test_gives_a_request_the_same_bits_whatever_came_before_or_is_beside_it(self, tmp_path: Path) -> None:
+        model = tiny_model(tmp_path / "model", kind="qwen3", hidden=128, layers=3)  # large enough to round otherwise
         draw = random.Random(0)
         prompt = [draw.randrange(200) for _ in range(37)]
         others = [[draw.randrange(200) for _ in range(draw.randrange(3, 90))] for _ in range(8)]
@@ -124,7 +126,7 @@ class TestTheEmbeddedSampler:
         def request(ids: list[int], seed: int = 5, session: str = "") -> SampleRequest:
             return SampleRequest(ids, SamplingParams(max_tokens=24, seed=seed), session)
 
-        async with TransformersSampler(str(agent), device="cpu", torch_threads=1, deterministic=True) as sampler:
+        async with TransformersSampler(str(model), device="cpu", torch_threads=1, deterministic=True) as sampler:
             alone = await sampler.generate(request(prompt))
             beside = await asyncio.gather(*(sampler.generate(request(ids)) for ids in [*others, prompt]))
             twins = await asyncio.gather(*(sampler.generate(request(prompt, seed)) for seed in (3, 4, 5)))

@@ -63,7 +63,11 @@ def live(config: Config, rows: int, seed: int, lineage: Lineage, state: RunState
 
         def on_step(record: dict[str, float], batch: object) -> None:
             lineage.trained.extend(
-                (int(record["step"]), (group.epoch, group.row), batch.step - min(group.runs[0].segments[0].versions[1:]))
+                (
+                    int(record["step"]),
+                    (group.epoch, group.row),
+                    batch.step - min(group.runs[0].segments[0].versions[1:]),
+                )
                 for group in batch.groups
             )
 

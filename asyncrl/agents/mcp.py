@@ -9,7 +9,11 @@ A server that dies or hangs is an error that the model reads; the next call star
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
+import shutil
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -33,6 +37,7 @@ Connect = Callable[[IO[bytes]], "AbstractAsyncContextManager[Client]"]
 CLOSE_LIMIT_S = 10.0
 """The client gives a server 2 s to end by itself, then 2 s after SIGTERM."""
 STDERR_TAIL_BYTES = 2000
+TETHER = str(Path(__file__).with_name("tether.py"))
 
 log = structlog.get_logger(__name__)
 
@@ -227,12 +232,22 @@ def _connector(
                 await stack.enter_async_context(http)
                 transport = streamable_http_client(url, http_client=http)
             else:
-                program, *arguments = command
+                program, *arguments = tethered(command, cwd)
                 settings = StdioServerParameters(command=program, args=arguments, env=dict(env or {}), cwd=cwd)
                 transport = stdio_client(settings, errlog=stderr)
             yield await stack.enter_async_context(Client(transport))
 
     return connect, url or " ".join(command)
+
+
+def tethered(command: tuple[str, ...], cwd: str | Path | None) -> tuple[str, ...]:
+    """The command, run so that it does not outlive this process. Windows sees to that by itself, in a job object."""
+    if os.name != "posix":
+        return command
+    program = command[0] if os.sep not in command[0] else str(Path(cwd or "", command[0]))
+    if shutil.which(program) is None:
+        raise FileNotFoundError(errno.ENOENT, "there is no such program", command[0])
+    return (sys.executable, "-I", "-S", TETHER, str(os.getpid()), *command)
 
 
 async def _list_tools(client: Client, name: str, timeout_s: float) -> list[tuple[Any, Signature]]:

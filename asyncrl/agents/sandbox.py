@@ -38,6 +38,8 @@ SLOTS = os.cpu_count() or 2
 FILE_BYTES = 1 << 24
 """Longest file, and longest output, on disk."""
 LEAST_MEMORY_MB = 64
+ALARM_S = 10.0
+"""How long after its time a program ends by itself, should this process be gone."""
 REMOVE_S = 60.0
 """How long it may take to remove what a program left behind."""
 
@@ -198,6 +200,8 @@ def _plan(room: _Room, timeout_s: float, memory_mb: int, strict: bool) -> Plan:
         "readable": sorted({sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}),
         "strict": strict,
         "refused": str(room.refused),
+        "owner": os.getpid(),
+        "alarm_s": timeout_s + ALARM_S,
     }
 
 

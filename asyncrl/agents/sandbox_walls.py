@@ -35,6 +35,10 @@ class Plan(TypedDict):
     """Run nothing where a wall cannot be built."""
     refused: str
     """The file to write the reason to, then. The program cannot reach it."""
+    owner: int
+    """The process that runs the program, which never outlives it."""
+    alarm_s: float
+    """When the program ends by itself, where nobody does it."""
 
 
 OPEN_FILES = 64
@@ -80,6 +84,8 @@ def main() -> NoReturn:
     if missing and plan["strict"]:
         Path(plan["refused"]).write_text("; ".join(missing), encoding="utf-8")
         sys.exit(1)
+    if os.getppid() != plan["owner"]:  # it ended before a signal was ordered for that
+        sys.exit(1)
     os.execv(sys.executable, [sys.executable, "-I", "-B", "-u", "-X", "utf8", "main.py"])
 
 
@@ -96,6 +102,7 @@ def _set_limits(plan: Plan) -> None:
         limits[resource.RLIMIT_NPROC] = 0
     for kind, limit in limits.items():
         resource.setrlimit(kind, (limit, limit))
+    signal.setitimer(signal.ITIMER_REAL, plan["alarm_s"])  # for systems without PR_SET_PDEATHSIG; it lasts across exec
 
 
 def _build_walls(readable: Sequence[str]) -> list[str]:

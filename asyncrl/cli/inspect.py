@@ -22,13 +22,13 @@ from rich.text import Text
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.metrics.jsonl import encode
 from asyncrl.storage.folder import RunFolder
+from asyncrl.terminal import visible
 
 BLOCK_BYTES = 1 << 20
 ROLE_MARK = re.compile(r"(?=<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<tool_response>)")
 ROLE_NAME = re.compile(r"<(?:\|im_start\||\|start_header_id\||start_of_turn)>\s*(\w+)")
 """How the chat templates in use open a turn. Text of any other template is shown as `context`."""
 STYLES = {"system": "magenta", "user": "cyan", "tool": "yellow", "policy": "bold green", "context": "bright_black"}
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 SHOWN_ELSEWHERE = {"messages", "finish_reason", "turns", "tool_calls", "tool_errors", "tool_seconds", "turn_seconds"}
 GUTTER = 11
 """Columns of the role's name."""
@@ -305,8 +305,7 @@ def _print_turn(console: Console, role: str, text: str) -> None:
 
 
 def _visible(text: str) -> str:
-    """What a model writes may not move the cursor of whoever reads it."""
-    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text.expandtabs(4))
+    return visible(text.expandtabs(4))
 
 
 def _brief(value: Any) -> str:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
+from typing import NoReturn
 
-from asyncrl.errors import AsyncRLError, UserError
+from asyncrl.errors import AsyncRLError, StallError, UserError
+from asyncrl.exits import FAILED, NO_READER, STALLED, USER_ERROR, stopped_by
 
-USER_ERROR, ENGINE_ERROR, INTERRUPTED = 2, 1, 130
-"""Exit codes: something the user wrote; the run could not go on; Ctrl-C (128 + SIGINT)."""
+LEAVE_S = 30.0
+"""Python waits at its end for threads that others have started; one that never ends does not hold up the command."""
 
 RECIPES = {
     "sft": "Train on conversations or texts as they are.",
@@ -18,29 +24,58 @@ RECIPES = {
 }
 
 
+def run() -> NoReturn:
+    """The process of the `asyncrl` command."""
+    try:
+        code = main()
+    except SystemExit as end:  # a signal other than Ctrl-C, or arguments that cannot be understood
+        code = end.code if isinstance(end.code, int) else FAILED
+    threading.Thread(target=_leave, args=(code,), name="asyncrl end", daemon=True).start()
+    sys.exit(code)
+
+
+def _leave(code: int) -> None:
+    time.sleep(LEAVE_S)
+    left = [thread for thread in threading.enumerate() if not thread.daemon and thread is not threading.main_thread()]
+    held = ", ".join(thread.name for thread in left)
+    print(f"asyncrl has ended, and does not wait for its threads any longer: {held}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; returns the exit code (`exits.py`)."""
     arguments, rest = _parser().parse_known_args(argv)
     if rest and not arguments.takes_settings:
         _parser().error(f"{arguments.command} does not know {' '.join(rest)}")
     arguments.rest = rest
     try:
-        return int(arguments.run(arguments))
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()  # what a reader has left unread shows here, or else when Python ends
+        return code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        return INTERRUPTED
+        return stopped_by(signal.SIGINT)
+    except BrokenPipeError:  # of a command that only prints; training goes on without a reader
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed there
+        return NO_READER
     except AsyncRLError as error:
         if arguments.debug:
             raise
         _print_error(error)
-        return USER_ERROR if isinstance(error, UserError) else ENGINE_ERROR
+        if isinstance(error, UserError):
+            return USER_ERROR
+        return STALLED if isinstance(error, StallError) else FAILED
 
 
 def _print_error(error: AsyncRLError) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, highlight=False).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+    from asyncrl.private import hide_secrets
+    from asyncrl.terminal import visible
+
+    said = visible(hide_secrets(str(error)))
+    Console(stderr=True, highlight=False).print(Text.assemble(("error: ", "bold red"), said), soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,12 +97,22 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     train = command(
-        "train", "Train as a config file says.", True, "asyncrl train CONFIG.toml [--section.field VALUE ...]"
+        "train",
+        "Train as a config file says.",
+        True,
+        "asyncrl train CONFIG.toml [--resume [WHICH]] [--section.field VALUE ...]",
     )
     train.add_argument("config", metavar="CONFIG.toml")
+    _resume_argument(train)
+    resume = command(
+        "resume", "Go on with a run that ended early.", True, "asyncrl resume RUN[:WHICH] [--field VALUE ...]"
+    )
+    resume.add_argument("target", metavar="RUN[:WHICH]", help="run folder; WHICH is a checkpoint, such as step-000012")
     for name, about in RECIPES.items():
-        recipe = command(name, about, True, f"asyncrl {name} CONFIG.toml [--field VALUE ...]", page="supervised")
+        usage = f"asyncrl {name} CONFIG.toml [--resume [WHICH]] [--field VALUE ...]"
+        recipe = command(name, about, True, usage, page="supervised")
         recipe.add_argument("config", metavar="CONFIG.toml")
+        _resume_argument(recipe)
     demo = command("demo", "Train a tiny tool-using agent on this machine, start to end.")
     demo.add_argument("--sampler", choices=("auto", "transformers", "vllm"), default="auto")
     demo.add_argument("--seed", type=int, default=0)
@@ -79,9 +124,28 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--dataset", metavar="FILE", help="rows (default: evaluation.dataset, or else dataset)")
     evaluate.add_argument("--samples", type=int, metavar="N", help="rollouts of each row (default: evaluation.samples)")
     _inspect_arguments(command("inspect", "Look at the rollouts of a run, newest first."))
+    audit = command("audit", "Prove that every prompt of a run is accounted for, or say what is off.")
+    audit.add_argument("runs", metavar="RUN", nargs="+", help="run folder, such as runs/<time>; it may be going on")
+    audit.add_argument("--row", type=int, metavar="N", help="show the history of this dataset row instead")
+    promote = command("promote", "Write the model of a run, for transformers, peft and vLLM.")
+    promote.add_argument("which", metavar="RUN[:step-000012]", help="or an exported adapter, to merge it")
+    promote.add_argument("--out", metavar="DIR", required=True, help="a folder that does not exist yet")
+    promote.add_argument("--merge", action="store_true", help="lay the LoRA adapter into its base model")
+    promote.add_argument("--base-model", metavar="MODEL", help="where it is now (default: where it was)")
     command("doctor", "Show what is installed, what a run would use, and how to mend what is missing.")
     command("version", "Show the version.")
     return parser
+
+
+def _resume_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume",
+        metavar="WHICH",
+        nargs="?",
+        const="latest",
+        help="a run folder, RUN:step-000012, or step-000012 of the config's run folder (default: its newest, "
+        "or its start where there is none yet)",
+    )
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,13 +184,29 @@ def _positive(text: str) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from asyncrl.cli.train import train
 
-    return train(arguments.config, arguments.rest)
+    return train(arguments.config, arguments.rest, arguments.resume)
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from asyncrl.cli.recipes import recipe_of, run_recipe
+    from asyncrl.cli.train import resume
+
+    found = recipe_of(arguments.target)
+    if found is not None:
+        return run_recipe(found.recipe, found.config, [*arguments.rest, *found.settings], arguments.target)
+    return resume(arguments.target, arguments.rest)
 
 
 def _recipe(arguments: argparse.Namespace) -> int:
     from asyncrl.cli.recipes import run_recipe
 
-    return run_recipe(arguments.command, arguments.config, arguments.rest)
+    return run_recipe(arguments.command, arguments.config, arguments.rest, arguments.resume)
+
+
+def _promote(arguments: argparse.Namespace) -> int:
+    from asyncrl.cli.promote import promote_run
+
+    return promote_run(arguments.which, arguments.out, merge=arguments.merge, base_model=arguments.base_model)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -161,6 +241,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return inspect_run(arguments.folder, wanted, arguments.limit, arguments.best, arguments.worst)
 
 
+def _audit(arguments: argparse.Namespace) -> int:
+    from asyncrl.cli.audit import audit_runs
+
+    return audit_runs(arguments.runs, arguments.row)
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from asyncrl.cli.doctor import doctor
 
@@ -176,10 +262,13 @@ def _version(arguments: argparse.Namespace) -> int:
 
 _RUN = {
     "train": _train,
+    "resume": _resume,
     **dict.fromkeys(RECIPES, _recipe),
     "demo": _demo,
     "eval": _eval,
     "inspect": _inspect,
+    "audit": _audit,
+    "promote": _promote,
     "doctor": _doctor,
     "version": _version,
 }

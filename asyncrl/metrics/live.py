@@ -19,6 +19,7 @@ from rich.markup import escape
 
 from asyncrl.metrics.names import StepRecord
 from asyncrl.metrics.panel import Progress, panel, plain_line
+from asyncrl.terminal import visible
 
 Mode = Literal["auto", "live", "plain", "quiet"]
 
@@ -89,7 +90,7 @@ class LiveView:
 
     def note(self, text: str) -> None:
         """Print a line that stays, above the panel."""
-        self._console.print(escape(text), soft_wrap=True)
+        self._console.print(escape(visible(text)), soft_wrap=True)
 
     def _print_line(self) -> None:
         self._last_line_at, self._last_line_step = self._clock(), self._progress.step

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+from asyncrl.private import private
+
 AXES: Mapping[str, str] = {"metrics.jsonl": "step", "evaluations.jsonl": "eval_version", "rollouts.jsonl": "step"}
 """File of a run folder -> the field that says which optimizer step a record belongs to."""
 
@@ -31,7 +33,7 @@ def rewind(folder: Path, step: int) -> None:
 def _take_back(path: Path, undone: Path, axis: str, step: int) -> None:
     undone.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.unfinished")
-    with path.open("rb") as lines, beside.open("wb") as kept, undone.open("ab") as taken:
+    with path.open("rb") as lines, open(beside, "wb", opener=private) as kept, undone.open("ab") as taken:
         for line in lines:
             (kept if _belongs(line, axis, step) else taken).write(line.rstrip(b"\n") + b"\n")
         _sync(taken)

@@ -20,6 +20,7 @@ from asyncrl.sections import NonNegativeInt
 if TYPE_CHECKING:
     from asyncrl import TrainResult
     from asyncrl.data import Rows
+    from asyncrl.lives import Resume
 
 __all__ = ["Config", "TISConfig", "WandBConfig", "main"]
 
@@ -44,6 +45,7 @@ def main(
     evaluation_interval: int | None = None,
     rows: Rows | None = None,
     rollout_extras: Mapping[str, Any] | None = None,
+    resume: Resume | None = None,
 ) -> TrainResult:
     """Train, and return how the run ended.
 
@@ -57,6 +59,8 @@ def main(
         evaluation_interval: Called during training too, whenever so many more optimizer steps are live.
         rows: Anything with len() and [index], in place of `config.dataset`.
         rollout_extras: What the factory finds in `setup.extras`.
+        resume: None: go on from the newest checkpoint where `log_path` holds one, else begin. Anything else is as for
+            `asyncrl.train`: False refuses a folder that holds a run.
 
     Raises: as `asyncrl.train`.
     """
@@ -67,6 +71,7 @@ def main(
         dynamic_filter_fn=dynamic_filter_fn,
         rows=rows,
         rollout_extras=rollout_extras,
+        resume=resume,
         evaluation_fn=evaluation_fn,
         evaluation_interval=evaluation_interval,
     )

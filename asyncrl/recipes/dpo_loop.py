@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import PositiveFloat
 
 from asyncrl.data import Rows
+from asyncrl.lives import Resume
 from asyncrl.recipes.preference_rows import Pairing, preference_encoder
 from asyncrl.recipes.settings import SupervisedConfig
 from asyncrl.recipes.supervised import Recipe, Result, run
@@ -46,6 +47,7 @@ def main(
     *,
     view: Mode = "auto",
     title: str | None = None,
+    resume: Resume | None = None,
 ) -> Result:
     """Minimise -log sigmoid(beta x difference of log-ratios), the mean over the pairs of each batch.
 
@@ -58,4 +60,4 @@ def main(
         return dpo_objective(config.beta)
 
     recipe = Recipe("dpo", preference_encoder(config.pairing), objective, pairs=True)
-    return run(recipe, config, rows, evaluation_rows, view=view, title=title)
+    return run(recipe, config, rows, evaluation_rows, view=view, title=title, resume=resume)

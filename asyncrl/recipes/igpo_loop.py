@@ -28,6 +28,7 @@ from asyncrl.types import RolloutRun, RolloutSample
 if TYPE_CHECKING:
     from asyncrl import TrainResult
     from asyncrl.data import Prompt, Rows
+    from asyncrl.lives import Resume
     from asyncrl.types import Rollout
 
 __all__ = ["Config", "TISConfig", "WandBConfig", "main"]
@@ -56,6 +57,7 @@ def main(
     evaluation_interval: int | None = None,
     rows: Rows | None = None,
     rollout_extras: Mapping[str, Any] | None = None,
+    resume: Resume | None = None,
 ) -> TrainResult:
     """Train, and return how the run ended. Arguments as of `async_rl_loop.main`.
 
@@ -71,6 +73,7 @@ def main(
         evaluation_fn=evaluation_fn,
         evaluation_interval=evaluation_interval,
         rows=rows,
+        resume=resume,
     )
 
 

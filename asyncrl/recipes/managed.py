@@ -19,7 +19,9 @@ from pydantic import PositiveInt, model_validator
 
 import asyncrl
 from asyncrl.data import Rows
+from asyncrl.lives import Resume
 from asyncrl.recipes.base import RecipeConfig
+from asyncrl.recipes.checkpoints import wanted
 from asyncrl.recipes.mapping import Settings, nested
 from asyncrl.recipes.policy import chosen_rollout, require_rows
 
@@ -182,11 +184,12 @@ def main(
     rollout_fn: Callable[..., Any] | None = None,
     rows: Rows | None = None,
     rollout_extras: Mapping[str, Any] | None = None,
+    resume: Resume | None = None,
 ) -> asyncrl.TrainResult:
     """Train, and return how the run ended. Arguments as of `async_rl_loop.main`."""
     work = chosen_rollout(rollout_fn_factory, rollout_fn, rollout_extras)
     require_rows(config.dataset, rows)
-    return asyncrl.train(work, dataset=rows, config=config.engine_config())
+    return asyncrl.train(work, dataset=rows, config=config.engine_config(), resume=wanted(resume, config.log_path))
 
 
 def parameters_table() -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import PositiveFloat
 
 from asyncrl.data import Rows
+from asyncrl.lives import Resume
 from asyncrl.recipes.preference_rows import Pairing, preference_encoder
 from asyncrl.recipes.settings import SupervisedConfig
 from asyncrl.recipes.supervised import Recipe, Result, run
@@ -44,6 +45,7 @@ def main(
     *,
     view: Mode = "auto",
     title: str | None = None,
+    resume: Resume | None = None,
 ) -> Result:
     """Minimise nll(chosen) - odds_weight x log sigmoid(log odds ratio), the mean over the pairs of each batch.
 
@@ -56,4 +58,4 @@ def main(
         return orpo_objective(config.odds_weight)
 
     recipe = Recipe("orpo", preference_encoder(config.pairing), objective, pairs=True)
-    return run(recipe, config, rows, evaluation_rows, view=view, title=title)
+    return run(recipe, config, rows, evaluation_rows, view=view, title=title, resume=resume)

@@ -13,7 +13,9 @@ import asyncrl
 from asyncrl.config import Section, WandbConfig
 from asyncrl.data import Rows
 from asyncrl.errors import ConfigError
+from asyncrl.lives import Resume
 from asyncrl.recipes.base import RecipeConfig
+from asyncrl.recipes.checkpoints import wanted
 from asyncrl.recipes.mapping import NO_MEANING, WHEN_GIVEN, Settings, engine_paths
 from asyncrl.rollout.factory import is_async, with_extras
 from asyncrl.sections import NonNegativeFloat, NonNegativeInt
@@ -121,6 +123,7 @@ def start(
     dynamic_filter_fn: Callable[[list[float]], bool] | None,
     rows: Rows | None,
     rollout_extras: Mapping[str, Any] | None,
+    resume: Resume | None,
     evaluation_fn: Callable[..., Any] | None = None,
     evaluation_interval: int | None = None,
 ) -> asyncrl.TrainResult:
@@ -130,7 +133,9 @@ def start(
     engine = config.engine_config(
         group_filter=dynamic_filter_fn, **evaluated(config, evaluation_fn, evaluation_interval)
     )
-    return asyncrl.train(work, dataset=rows, config=engine, evaluation=evaluation_fn)
+    return asyncrl.train(
+        work, dataset=rows, config=engine, evaluation=evaluation_fn, resume=wanted(resume, config.log_path)
+    )
 
 
 def evaluated(config: PolicyConfig, function: Callable[..., Any] | None, interval: int | None) -> Settings:

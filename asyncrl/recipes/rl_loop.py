@@ -27,6 +27,7 @@ from asyncrl.recipes.policy import PolicyConfig, TISConfig, WandBConfig, start
 if TYPE_CHECKING:
     from asyncrl import TrainResult
     from asyncrl.data import Rows
+    from asyncrl.lives import Resume
 
 __all__ = ["Config", "TISConfig", "WandBConfig", "main"]
 
@@ -61,6 +62,7 @@ def main(
     dynamic_filter_fn: Callable[[list[float]], bool] | None = None,
     rows: Rows | None = None,
     rollout_extras: Mapping[str, Any] | None = None,
+    resume: Resume | None = None,
 ) -> TrainResult:
     """Train, and return how the run ended. Arguments as of `async_rl_loop.main`."""
     return start(
@@ -70,4 +72,5 @@ def main(
         dynamic_filter_fn=dynamic_filter_fn,
         rows=rows,
         rollout_extras=rollout_extras,
+        resume=resume,
     )

@@ -117,7 +117,7 @@ class Saver:
         """Not fatal while the run folder is there: the last good one stays."""
         self.folder.abandon(step)
         if not self.folder.run.is_dir():
-            raise EngineError(f"the run folder {self.folder.run} is gone: nothing of this run could be kept.") from error
+            raise EngineError(f"the run folder {self.folder.run} is gone: nothing of the run is kept.") from error
         kept = f"the newest is that of step {self.last_step}" if self.last_step is not None else "there is none yet"
         log.error("a checkpoint could not be written", step=step, error=repr(error))
         self.say(f"warning: the checkpoint of step {step} could not be written ({error.strerror or error}); {kept}")

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from asyncrl.data import Rows
+from asyncrl.lives import Resume
 from asyncrl.recipes.chat_rows import TrainOn, supervised_examples
 from asyncrl.recipes.dataset import Encode, Unit
 from asyncrl.recipes.examples import Encoder
@@ -41,6 +42,7 @@ def main(
     *,
     view: Mode = "auto",
     title: str | None = None,
+    resume: Resume | None = None,
 ) -> Result:
     """Minimise the cross-entropy of the trained tokens, their mean by weight over each batch.
 
@@ -50,9 +52,12 @@ def main(
         evaluation_rows: Held-out rows, in place of `config.evaluation_dataset`: measured before and after.
         view: `auto`, `bar` (no notes) or `quiet`.
         title: What the progress bar is called.
+        resume: None: go on from the newest checkpoint where `log_path` holds one, else begin. True: the same, and
+            begin again where a run was killed before its first. False: refuse a folder that holds a run. Else the
+            checkpoint to go on from: its name in `log_path`, a run folder, `RUN:step-000012`, or a path.
 
     Raises:
-        UserError: a setting, a row, the model or its chat template cannot be used.
+        UserError: a setting, a row, a checkpoint, the model or its chat template cannot be used.
         EngineError: the run could not go on.
         KeyboardInterrupt: after a Ctrl-C, once what was trained has been saved.
     """
@@ -63,7 +68,15 @@ def main(
 
         return units
 
-    return run(Recipe("sft", encode, _objective, pairs=False), config, rows, evaluation_rows, view=view, title=title)
+    return run(
+        Recipe("sft", encode, _objective, pairs=False),
+        config,
+        rows,
+        evaluation_rows,
+        view=view,
+        title=title,
+        resume=resume,
+    )
 
 
 def _objective() -> Objective:

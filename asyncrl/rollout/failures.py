@@ -23,6 +23,7 @@ from asyncrl.errors import (
     RolloutTimeout,
     SamplerRequestError,
 )
+from asyncrl.terminal import visible
 
 BREAKER_IN_A_ROW = 5
 BREAKER_WINDOW = 20
@@ -67,12 +68,12 @@ def _attribute(carrier: object, name: str) -> Any:
 
 
 def message(error: BaseException) -> str:
-    """What an exception says, whoever wrote its class; the middle of a long one is left out."""
+    """What an exception says, whoever wrote its class."""
     try:
         text = str(error)
     except Exception as fault:  # of somebody else's __str__
         text = f"<no message: its __str__ raised {type(fault).__name__}>"
-    return _cut(text, LONGEST_MESSAGE)
+    return _shown(text, LONGEST_MESSAGE)
 
 
 def describe(error: BaseException) -> str:
@@ -86,13 +87,14 @@ def brief(value: object) -> str:
         shown = _BRIEF.repr(value)
     except Exception:  # of somebody else's __repr__, or a number with more digits than Python prints
         shown = "<no repr>"
-    return _cut(shown, LONGEST_VALUE)
+    return _shown(shown, LONGEST_VALUE)
 
 
-def _cut(text: str, most: int) -> str:
-    if len(text) <= most:
-        return text
-    return f"{text[: most // 2]} ... [{len(text) - most} characters left out] ... {text[len(text) - most // 2 :]}"
+def _shown(text: str, most: int) -> str:
+    """For a log and a terminal: the middle of what is longer is left out."""
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... [{len(text) - most} characters left out] ... {text[len(text) - most // 2 :]}"
+    return visible(text)
 
 
 def leaves(error: BaseException) -> list[BaseException]:
@@ -139,7 +141,7 @@ def users_traceback(error: BaseException) -> str:
         text = "".join(traceback.format_exception(type(error), error, trace)).strip()
     except Exception:  # groups within groups without end, or a class that defends itself
         text = f"{describe(error)} (its traceback cannot be shown)"
-    return _cut(text, LONGEST_TRACEBACK)
+    return _shown(text, LONGEST_TRACEBACK)
 
 
 def fatal(where: str, error: BaseException, *, budget_spent: bool) -> RolloutFailed:

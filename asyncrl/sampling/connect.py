@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from asyncrl.errors import SamplerError, SamplerRequestError
+from asyncrl.errors import SamplerError
 from asyncrl.sampling.endpoint import Endpoint
 from asyncrl.sampling.params import GENERATE_PATH
 
@@ -22,21 +22,28 @@ NEEDS_FULL = dict.fromkeys(("/pause", "/resume", "/collective_rpc", "/update_wei
 async def connect(endpoint: Endpoint, *, lora: bool) -> None:
     """Learn the server's context length, and bring it to version 0: the base model.
 
-    A server of somebody else is checked, and cleared of what an earlier run left in it.
-    Raises `SamplerError` that names the flag that is missing.
+    A server of somebody else is checked, and cleared of what an earlier run, or this one, left in it.
+    Raises `SamplerError` that names the flag that is missing, `SamplerRequestError` when there is no answer.
     """
-    try:
-        models = json.loads(await endpoint.get("/v1/models", timeout_s=ANSWER_TIMEOUT_S))["data"]
-        endpoint.model, endpoint.context_tokens = models[0]["root"], models[0]["max_model_len"]
-        if endpoint.server is None:
-            await _check_flags(endpoint, lora=lora)
-            await _clear(endpoint, [model["id"] for model in models], lora=lora)
-        elif not lora:
-            await endpoint.set_version("0", ANSWER_TIMEOUT_S)
-    except SamplerRequestError as error:
-        raise SamplerError(
-            f"{endpoint.name} cannot be used: {error}. Check sampler.urls; docs/vllm.md has the flags it needs."
-        ) from error
+    models = json.loads(await endpoint.get("/v1/models", timeout_s=ANSWER_TIMEOUT_S))["data"]
+    endpoint.model, endpoint.context_tokens = models[0]["root"], models[0]["max_model_len"]
+    if endpoint.server is None:
+        await _check_flags(endpoint, lora=lora)
+        await _clear(endpoint, [model["id"] for model in models], lora=lora)
+    elif not lora:
+        await endpoint.set_version("0")
+
+
+async def loaded_models(endpoint: Endpoint) -> set[str]:
+    """Names of the base model and the adapters that the server knows."""
+    models = json.loads(await endpoint.get("/v1/models", timeout_s=ANSWER_TIMEOUT_S))["data"]
+    return {model["id"] for model in models}
+
+
+async def weight_label(endpoint: Endpoint) -> str:
+    """How the server labels its tokens; "default" where nobody said."""
+    answer = json.loads(await endpoint.get("/weight_info", timeout_s=ANSWER_TIMEOUT_S))
+    return str(answer["weight_version"])
 
 
 async def _check_flags(endpoint: Endpoint, *, lora: bool) -> None:
@@ -45,6 +52,7 @@ async def _check_flags(endpoint: Endpoint, *, lora: bool) -> None:
     missing = [f"{path} (needs {flag})" for path, flag in needs.items() if path not in paths]
     if missing:
         raise SamplerError(f"{endpoint.name} has no {', no '.join(missing)}. docs/vllm.md has the whole command line.")
+    await endpoint.load()  # raises where the stats are switched off
     settings = json.loads(await endpoint.get("/server_info?config_format=json", timeout_s=ANSWER_TIMEOUT_S))
     _check_settings(endpoint, settings["vllm_config"], lora=lora)
 
@@ -67,7 +75,6 @@ async def _clear(endpoint: Endpoint, models: list[str], *, lora: bool) -> None:
             if name.startswith("policy-v"):
                 await endpoint.unload_adapter(name, ANSWER_TIMEOUT_S)
         return
-    label = json.loads(await endpoint.get("/weight_info", timeout_s=ANSWER_TIMEOUT_S))["weight_version"]
-    if label != "default":
-        await endpoint.load_weights(0, endpoint.model, "interrupt", ANSWER_TIMEOUT_S)
-    await endpoint.set_version("0", ANSWER_TIMEOUT_S)
+    if await weight_label(endpoint) != "default":
+        await endpoint.load_weights(0, endpoint.model, "interrupt")
+    await endpoint.set_version("0")

@@ -35,6 +35,10 @@ UPDATING = "updating"
 """The version label while weights are being replaced. No completion with such a label is accepted."""
 
 
+class Unreachable(SamplerRequestError):
+    """Nobody took the connection, or it broke."""
+
+
 class Endpoint:
     """One server. `server` is None for one that somebody else runs.
 
@@ -81,7 +85,7 @@ class Endpoint:
         except TimeoutError as error:
             raise SamplerRequestError(f"{self.name} did not answer {path} within {timeout_s:g} s") from error
         except aiohttp.ClientError as error:
-            raise SamplerRequestError(f"{self.name}: connection lost during {path}: {error!r}") from error
+            raise Unreachable(f"{self.name}: connection lost during {path}: {error!r}") from error
         if status == 200:
             return text
         raise refusal(f"{self.name}: {path}", status, text)

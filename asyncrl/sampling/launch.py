@@ -84,7 +84,10 @@ class Launch:
 
 
 def plan(config: Config, run_dir: Path, context_tokens: int | None, keep_versions: int, key: str) -> list[Launch]:
-    """One launch for each replica; `key` is what they ask for. Raises `SamplerError` or `ModelError` for what can be seen before the start."""
+    """One launch for each replica; they answer those alone who have `key`.
+
+    Raises `SamplerError` or `ModelError` for what can be seen before the start.
+    """
     on_cpu = installed_for_cpu()
     check_model(config.model)
     ports = pick_ports(config.sampler.port, config.sampler.replicas)

@@ -42,7 +42,7 @@ class Replica:
         self._out = anyio.Event()
         self._load = EngineLoad()
         self._before = EngineLoad()  # counters of the servers that are gone
-        self._in_flight: set[anyio.CancelScope] = set()
+        self._in_flight: dict[anyio.CancelScope, bool] = {}
 
     @property
     def name(self) -> str:
@@ -50,18 +50,18 @@ class Replica:
 
     @property
     def in_flight(self) -> int:
-        """Requests and hot-loads that are with it."""
-        return len(self._in_flight)
+        """Requests and hot-loads that are with it, questions about its health left out."""
+        return sum(self._in_flight.values())
 
     @contextmanager
-    def while_up(self) -> Iterator[None]:
+    def while_up(self, *, counts: bool = True) -> Iterator[None]:
         """What waits in the block is cancelled when the replica is lost, and the block is left."""
         with anyio.CancelScope() as scope:
-            self._in_flight.add(scope)
+            self._in_flight[scope] = counts
             try:
                 yield
             finally:
-                self._in_flight.discard(scope)
+                del self._in_flight[scope]
 
     async def is_lost_after(self, error: SamplerRequestError) -> bool:
         """Whether it is lost, now that a request failed with `error`; if so, this is found out within seconds.
@@ -88,8 +88,10 @@ class Replica:
 
     async def observe(self) -> EngineLoad:
         """How busy its server is."""
-        self._load = await self.endpoint.load()
-        return self._load
+        load = await self.endpoint.load()
+        if self.up:  # the last word of a server that is lost has been counted
+            self._load = load
+        return load
 
     @property
     def counted(self) -> EngineLoad:

@@ -14,13 +14,21 @@ class Router:
     def __init__(self, replicas: int) -> None:
         self.in_flight = [0] * replicas
         self._given = [0] * replicas  # sessions and requests that each got so far: breaks ties evenly
+        self._up = set(range(replicas))
         self._homes: OrderedDict[str, int] = OrderedDict()
 
+    def take_out(self, replica: int) -> None:
+        """No request goes there until it is put in again; its sessions move when they next ask."""
+        self._up.discard(replica)
+
+    def put_in(self, replica: int) -> None:
+        self._up.add(replica)
+
     def begin(self, session: str) -> int:
-        """The replica for a request that starts now. Every `begin` needs its `end`."""
+        """The replica for a request that starts now; one must be up. Every `begin` needs its `end`."""
         home = self._homes.get(session) if session else None
-        if home is None:
-            home = min(range(len(self.in_flight)), key=lambda index: (self.in_flight[index], self._given[index]))
+        if home not in self._up:
+            home = min(sorted(self._up), key=lambda index: (self.in_flight[index], self._given[index]))
             self._given[home] += 1
         if session:
             self._homes[session] = home
@@ -47,14 +55,20 @@ class AdapterShelf:
         self._keep = keep
         self._base: int | None = base
         self._loaded: list[int] = []  # ascending
+        self._withdrawn: set[int] = set()
         self._users: Counter[int] = Counter()
 
     def __contains__(self, version: int) -> bool:
-        return version == self._base or version in self._loaded
+        return version == self._base or version in self.adapters
 
     def has_adapter(self, version: int) -> bool:
         """False where `version` is the bare base model."""
-        return version in self._loaded
+        return version in self.adapters
+
+    @property
+    def adapters(self) -> list[int]:
+        """Versions that every replica must have loaded, oldest first."""
+        return [version for version in self._loaded if version not in self._withdrawn]
 
     def add(self, version: int) -> None:
         """`version` is loaded everywhere, and is the newest from now on."""
@@ -75,8 +89,14 @@ class AdapterShelf:
         if not self._users[version]:
             del self._users[version]
 
+    def withdraw(self, version: int) -> None:
+        """No request may begin on `version` any more; those in flight end on it."""
+        assert version in self._loaded
+        self._withdrawn.add(version)
+
     def take_drained(self) -> list[int]:
         """Versions to unload: not among the newest `keep`, and nobody uses them. They are gone from here on return."""
         drained = [version for version in self._loaded[: -self._keep] if not self._users[version]]
         self._loaded = [version for version in self._loaded if version not in drained]
+        self._withdrawn -= set(drained)
         return drained

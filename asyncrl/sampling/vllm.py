@@ -10,13 +10,14 @@ is read by a request that begins under another.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import aiohttp
 import anyio
@@ -26,23 +27,17 @@ from asyncrl.config import Config
 from asyncrl.errors import SamplerError, SamplerRequestError
 from asyncrl.open_files import raise_open_files_limit
 from asyncrl.sampling.connect import connect
-from asyncrl.sampling.endpoint import Endpoint, all_of, on_each
-from asyncrl.sampling.launch import plan
+from asyncrl.sampling.endpoint import Endpoint
+from asyncrl.sampling.fleet import Fleet
+from asyncrl.sampling.launch import elsewhere, plan
+from asyncrl.sampling.live import LiveAdapters, LiveModel, LiveWeights
 from asyncrl.sampling.load import together
-from asyncrl.sampling.params import (
-    GENERATE_PATH,
-    adapter_name,
-    next_token_bodies,
-    read_completion,
-    read_next_token,
-    read_scores,
-    read_spans,
-    sampling_body,
-    scoring_body,
-)
-from asyncrl.sampling.routing import AdapterShelf, Router
+from asyncrl.sampling.params import GENERATE_PATH, read_completion, sampling_body
+from asyncrl.sampling.replica import EXIT_NOTICE_S, Replica
+from asyncrl.sampling.scoring import check_agreement, check_pinned, score_by_prompt, score_by_token
 from asyncrl.sampling.server import Server, serve
-from asyncrl.types import Completion, Load, SampleRequest, Weights
+from asyncrl.sampling.supervisor import Limits, Supervisor
+from asyncrl.types import Completion, Load, Probe, SampleRequest, Weights
 
 logger = structlog.get_logger()
 
@@ -51,12 +46,16 @@ Answer = TypeVar("Answer")
 KEEP_ALIVE_S = 4.0
 """Less than the 5 s after which a vLLM of somebody else closes an idle connection; ours wait longer."""
 
-REPLICA_TOLERANCE = 0.25
-"""Replicas that hold the same weights differ by rounding alone; bfloat16 kernels round by up to this much."""
+LOAD_PATIENCE_S = 2.0
+"""A replica that does not say how busy it is counts with what it last said."""
+
+STUCK_SHARE = 0.25
+"""Of `sampler.request_timeout_s`: an engine that draws nothing for so long is stuck. Who raises the limit of a request
+has a slow machine, where one step takes long too."""
 
 
 class VllmSampler:
-    """Draws tokens from vLLM servers. Owns the servers that it starts, and which weights each request is sent to.
+    """Draws tokens from vLLM servers. Owns them where it starts them, and what is said to them.
 
     `run_dir`: server logs go to its `logs/`. `context_tokens`: longest sample that the model allows; None leaves it
     to vLLM where `config.max_seq_len` is not set. `keep_versions`: newest LoRA versions that stay loaded.
@@ -71,93 +70,177 @@ class VllmSampler:
         self._keep_versions = keep_versions
         self._lora = config.lora.rank > 0
         self._salt = secrets.token_hex(16)
-        self._shelf = AdapterShelf(keep_versions)
-        self._version = 0
-        self._gate = anyio.Event()
-        self._gate.set()
-        self._broken: str | None = None
-        self._endpoints: list[Endpoint] = []
-        self._router = Router(1)
         self._context = 0
+        self._probe: tuple[int, Probe] | None = None
+        self._fleet = Fleet([])
+        self._live = self._live_weights()
         self._exit = AsyncExitStack()
+
+    def _live_weights(self) -> LiveWeights:
+        if self._lora:
+            return LiveAdapters(self._fleet, self._config, self._keep_versions)
+        return LiveModel(self._fleet, self._config)
 
     @property
     def version(self) -> int:
         """The newest weights that are live."""
-        return self._shelf.newest if self._lora else self._version
+        return self._live.version
 
     @property
     def urls(self) -> list[str]:
         """Where the servers answer."""
-        return [endpoint.url for endpoint in self._endpoints]
+        return [replica.endpoint.url for replica in self._fleet.replicas]
 
     @property
     def servers(self) -> list[Server]:
         """Those that this sampler started."""
-        return [endpoint.server for endpoint in self._endpoints if endpoint.server is not None]
+        return [replica.endpoint.server for replica in self._fleet.replicas if replica.endpoint.server is not None]
+
+    # Life
 
     async def __aenter__(self) -> VllmSampler:
         raise_open_files_limit()
+        began = anyio.current_time()
         async with AsyncExitStack() as stack:
-            key = os.environ.get("VLLM_API_KEY")
-            http = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
-                headers={"Authorization": f"Bearer {key}"} if key else None,
-            )
-            await stack.enter_async_context(http)
-            if self._config.sampler.urls:
-                self._endpoints = [Endpoint(url, http) for url in self._config.sampler.urls]
-            else:
-                launches = await anyio.to_thread.run_sync(
-                    plan, self._config, self._run_dir, self._context_tokens, self._keep_versions
-                )
-                servers = await stack.enter_async_context(serve(launches, self._config.sampler.start_timeout_s))
-                self._endpoints = [Endpoint(server.launch.url, http, server) for server in servers]
-            await on_each(self._endpoints, lambda endpoint: connect(endpoint, lora=self._lora))
-            limits = [self._config.max_seq_len, self._context_tokens, *(end.context_tokens for end in self._endpoints)]
+            endpoints = await self._open_endpoints(stack)
+            for endpoint in endpoints:
+                await self._connect_first(endpoint)
+            start_s = anyio.current_time() - began
+            limits = [self._config.max_seq_len, self._context_tokens, *(end.context_tokens for end in endpoints)]
             self._context = min(limit for limit in limits if limit is not None)
-            self._router = Router(len(self._endpoints))
+            self._fleet = Fleet([Replica(endpoint) for endpoint in endpoints])
+            self._live = self._live_weights()
+            await stack.enter_async_context(self._supervised(start_s))
             self._exit = stack.pop_all()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         await self._exit.aclose()
 
+    async def _open_endpoints(self, stack: AsyncExitStack) -> list[Endpoint]:
+        """A server of ours has a key of its own; those of somebody else have theirs in the environment."""
+        config, urls = self._config, self._config.sampler.urls
+        key = os.environ.get("VLLM_API_KEY") if urls else secrets.token_urlsafe(32)
+        http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
+            headers={"Authorization": f"Bearer {key}"} if key else None,
+        )
+        await stack.enter_async_context(http)
+        if key is None or urls:
+            return [Endpoint(url, http) for url in urls]
+        launches = await anyio.to_thread.run_sync(
+            plan, config, self._run_dir, self._context_tokens, self._keep_versions, key
+        )
+        servers = await stack.enter_async_context(serve(launches, config.sampler.start_timeout_s))
+        return [Endpoint(server.launch.url, http, server) for server in servers]
+
+    async def _connect_first(self, endpoint: Endpoint) -> None:
+        try:
+            with anyio.fail_after(self._config.sampler.start_timeout_s):
+                await connect(endpoint, lora=self._lora)
+        except (SamplerRequestError, TimeoutError) as error:
+            if endpoint.server is not None and await endpoint.server.ends_within(EXIT_NOTICE_S):
+                raise SamplerError(endpoint.server.obituary) from error
+            raise SamplerError(
+                f"{endpoint.name} cannot be used: {error}. Check sampler.urls; docs/vllm.md has the flags it needs."
+            ) from error
+
+    @asynccontextmanager
+    async def _supervised(self, start_s: float) -> AsyncIterator[None]:
+        """Replicas that are lost come back while the block lasts. `start_s`: what the first start took."""
+        sampler, fleet = self._config.sampler, self._fleet
+        supervisor = Supervisor(
+            fleet,
+            Limits(
+                stuck_s=STUCK_SHARE * sampler.request_timeout_s,
+                start_s=sampler.start_timeout_s,
+                weights_s=self._config.publish.timeout_s,
+                outage_s=sampler.outage_timeout_s + start_s,
+            ),
+            prepare=self._prepare,
+            forgot=self._live.forgot,
+            relaunch=(lambda launch: launch) if sampler.port else elsewhere,
+        )
+        for replica in fleet.replicas:
+            if (server := replica.endpoint.server) is not None:
+                server.on_end = partial(fleet.lose, replica)
+        task = asyncio.create_task(supervisor.run(), name="asyncrl vllm supervisor")
+        task.add_done_callback(self._supervisor_ended)
+        try:
+            yield
+        finally:
+            supervisor.stop()
+            await asyncio.wait([task])
+
+    def _supervisor_ended(self, task: asyncio.Task[None]) -> None:
+        """Nobody brings a replica back any more: no request shall wait for one."""
+        error = None if task.cancelled() else task.exception()
+        self._fleet.fail(f"vLLM is not watched any more: {error!r}" if error else "the vLLM sampler is closed")
+        if error:
+            logger.error("vllm supervisor failed", exc_info=error)
+
+    async def _prepare(self, replica: Replica) -> None:
+        """Bring a server that has just started to what the others hold. Without a pause after the last look."""
+        endpoint = replica.endpoint
+        model = endpoint.model
+        await connect(endpoint, lora=self._lora)
+        if endpoint.model != model or endpoint.context_tokens < self._context:
+            raise SamplerError(
+                f"{endpoint.name} came back with {endpoint.model} and a context of {endpoint.context_tokens} tokens; "
+                f"expected {model} and at least {self._context}."
+            )
+        replica.adapters, replica.version = set(), 0
+        checked: int | None = None
+        while True:
+            await self._live.until_open()
+            if lacking := self._live.lacking(replica):
+                await self._live.give(replica, lacking[0])
+            elif checked != self.version:
+                checked = self.version
+                await self._check_canary(replica, checked)
+            else:
+                return
+
+    async def _check_canary(self, replica: Replica, version: int) -> None:
+        """What the trainer said about these weights must be what the replica says."""
+        if self._probe is None or self._probe[0] != version:
+            return
+        probe = self._probe[1]
+        scored = await self._score_on(replica, probe.tokens, version, 1, _fresh())
+        check_agreement(
+            {"the trainer": probe.logprobs, replica.name: scored}, version, self._config.publish.canary_tolerance
+        )
+
+    # Requests
+
     async def generate(self, request: SampleRequest) -> Completion:
         """Draw one completion. Cancelling this call closes its connection, upon which vLLM frees its place.
 
-        Raises `SamplerRequestError` for one bad or lost request, `SamplerError` when a server is gone.
+        A request whose replica is lost is drawn again on another one.
+        Raises `SamplerRequestError` for one bad or lost request, `SamplerError` when no replica will come back.
         """
-        return await self._limited("a completion", lambda: self._generate(request))
-
-    async def _passed_gate(self) -> None:
-        """Wait until no hot-load is under way: when one ends, the next may have begun before this task runs."""
-        while not self._gate.is_set():
-            await self._gate.wait()
-
-    async def _generate(self, request: SampleRequest) -> Completion:
-        await self._passed_gate()
         room = self._room(len(request.token_ids))
-        version = self._resolve(request.version)
-        replica = self._router.begin(request.session)
-        if self._lora:
-            self._shelf.begin(version)
-        try:
+        return await self._limited(
+            "a completion",
+            lambda: self._fleet.ask(
+                request.session, lambda replica: self._draw(replica, request, room), self._live.until_open
+            ),
+        )
+
+    async def _draw(self, replica: Replica, request: SampleRequest, room: int) -> Completion:
+        version = self._live.resolve(request.version)
+        with self._live.using(version):
             body = sampling_body(
                 request.token_ids,
                 request.params,
                 max_tokens=min(room, request.params.max_tokens),
-                model=self._model(version),
+                model=self._live.model(version),
                 cache_salt=f"{self._salt}-{version}",
             )
             # The limit is that of `_limited`: time at the gate counts too.
-            answer = await self._endpoints[replica].post(GENERATE_PATH, body, timeout_s=None)
-        finally:
-            self._router.end(replica)
-            if self._lora:
-                self._shelf.end(version)
+            answer = await replica.endpoint.post(GENERATE_PATH, body, timeout_s=None)
         completion = read_completion(answer, version=version if self._lora else None)
-        self._check_pinned(request.version, completion.versions)
+        check_pinned(request.version, completion.versions)
         return completion
 
     async def score(
@@ -168,125 +251,51 @@ class VllmSampler:
         The replica of `session` is asked, and may use what that session left in its prefix cache. Without a session
         every replica computes everything anew; `SamplerError` when they disagree: one of them holds other weights.
         """
-        return await self._limited("scoring", lambda: self._score(token_ids, version, start, session))
-
-    async def _score(self, token_ids: Sequence[int], version: int, start: int, session: str | None) -> list[float]:
-        await self._passed_gate()
         self._room(len(token_ids))
-        self._resolve(version)
-        if self._lora:
-            self._shelf.begin(version)
-        try:
-            if session is not None:
-                return await self._score_in(session, token_ids, version, start)
-            ask = self._score_by_token if self._lora else self._score_by_prompt
-            salt = _fresh()
-            scores = await on_each(self._endpoints, lambda end: ask(end, token_ids, version, start, salt))
-        finally:
-            if self._lora:
-                self._shelf.end(version)
-        self._check_agreement(scores, version)
-        return scores[0]
-
-    async def _score_in(self, session: str, token_ids: Sequence[int], version: int, start: int) -> list[float]:
-        """Token by token: what the session said before is in the cache, which prompt log-probs would not read."""
-        replica = self._router.begin(session)
-        try:
-            end, salt = self._endpoints[replica], f"{self._salt}-{version}"
-            return await self._score_by_token(end, token_ids, version, start, salt)
-        finally:
-            self._router.end(replica)
-
-    async def _score_by_prompt(
-        self, end: Endpoint, token_ids: Sequence[int], version: int, start: int, salt: str
-    ) -> list[float]:
-        answer = await end.post(GENERATE_PATH, scoring_body(token_ids, model=None, cache_salt=salt), timeout_s=None)
-        self._check_scored(answer, version)
-        return read_scores(answer, token_ids, start)
-
-    async def _score_by_token(
-        self, end: Endpoint, token_ids: Sequence[int], version: int, start: int, salt: str
-    ) -> list[float]:
-        bodies = next_token_bodies(token_ids, start=start, model=self._model(version), cache_salt=salt)
-        answers = await all_of([partial(end.post, GENERATE_PATH, body, timeout_s=None) for body in bodies])
-        for answer in answers:
-            self._check_scored(answer, version)
-        return [read_next_token(answer, token) for answer, token in zip(answers, token_ids[start:], strict=True)]
-
-    def _check_scored(self, answer: Mapping[str, Any], version: int) -> None:
-        """An adapter is asked for by its name; full weights may have been replaced meanwhile."""
-        if not self._lora:
-            self._check_pinned(version, read_spans(answer["choices"][0]["weight_versions"], 1))
-
-    async def publish(self, weights: Weights) -> None:
-        """Make `weights` live on every replica. On return, new requests are drawn from them.
-
-        Raises `SamplerError` when that fails twice in a row, or takes longer than `publish.timeout_s`.
-        """
-        if weights.folder is None or weights.adapter != self._lora:
-            raise SamplerError(
-                f"the vLLM sampler was given {'an adapter' if weights.adapter else 'full weights'} in "
-                f"{weights.folder}; expected a folder with {'an adapter' if self._lora else 'full weights'}."
-            )
-        if weights.version < self.version or (self._lora and self._shelf.has_adapter(weights.version)):
-            raise SamplerError(f"version {weights.version} was published after version {self.version}: versions grow.")
-        folder, limit_s = _absolute(weights.folder), self._config.publish.timeout_s
-        began = anyio.current_time()
-        try:
-            with anyio.fail_after(limit_s):
-                if self._lora:
-                    await self._publish_adapter(weights.version, folder, limit_s)
-                else:
-                    await self._publish_full(weights.version, folder, limit_s)
-        except TimeoutError as error:
-            raise SamplerError(
-                f"version {weights.version} was not live after publish.timeout_s={limit_s:g} s. "
-                "Raise it; with sampler.in_flight='drain' it must exceed the longest completion."
-            ) from error
-        logger.info("weights live", version=weights.version, seconds=round(anyio.current_time() - began, 4))
-
-    async def _publish_adapter(self, version: int, folder: str, limit_s: float) -> None:
-        await on_each(self._endpoints, lambda end: end.load_adapter(version, folder, limit_s))
-        self._shelf.add(version)
-        for drained in self._shelf.take_drained():
-            name = adapter_name(drained)
-            await on_each(self._endpoints, lambda end, name=name: end.unload_adapter(name, limit_s))  # type: ignore[misc]
-
-    async def _publish_full(self, version: int, folder: str, limit_s: float) -> None:
-        """New requests wait at the gate meanwhile: none may fill one version's cache with another version's weights."""
-        in_flight = self._config.sampler.in_flight
-        self._gate = anyio.Event()
-        self._broken = f"the hot-load of version {version} did not finish, so the weights in vLLM are not known"
-        try:
-            await on_each(self._endpoints, lambda end: end.load_weights(version, folder, in_flight, limit_s))
-            self._version, self._broken = version, None
-        finally:
-            self._gate.set()
-
-    @contextmanager
-    def hold(self) -> Iterator[int | None]:
-        """Keep the newest adapter loaded while the block lasts. None: full weights have one version at a time."""
-        if not self._lora:
-            yield None
-            return
-        version = self._shelf.newest
-        self._shelf.begin(version)
-        try:
-            yield version
-        finally:
-            self._shelf.end(version)
-
-    async def load(self) -> Load:
-        """How busy the replicas are, together."""
-        total = together(await on_each(self._endpoints, Endpoint.load))
-        return Load(
-            running=total.running,
-            waiting=total.waiting,
-            kv_use=total.kv_use,
-            preemptions=total.preemptions,
-            rejected=sum(endpoint.rejected for endpoint in self._endpoints),
-            generated_tokens=total.generated_tokens,
+        if session is None:
+            return await self._limited("scoring", lambda: self._score_everywhere(token_ids, version, start))
+        return await self._limited(
+            "scoring",
+            lambda: self._fleet.ask(
+                session, lambda replica: self._score_in(replica, token_ids, version, start), self._live.until_open
+            ),
         )
+
+    async def _score_everywhere(self, token_ids: Sequence[int], version: int, start: int) -> list[float]:
+        while True:
+            await self._fleet.some_up()
+            await self._live.until_open()
+            salt = _fresh()
+            answers = await self._fleet.on(
+                self._fleet.up, lambda replica: self._score_on(replica, token_ids, version, start, salt)
+            )
+            for error in answers.refused.values():
+                raise error
+            if answers.given:  # else all were lost
+                named = {replica.name: scores for replica, scores in answers.given.items()}
+                check_agreement(named, version, self._config.publish.canary_tolerance)
+                return next(iter(answers.given.values()))
+
+    async def _score_in(self, replica: Replica, token_ids: Sequence[int], version: int, start: int) -> list[float]:
+        """Token by token: what the session said before is in the cache, which prompt log-probs would not read."""
+        return await self._by_token(replica, token_ids, version, start, f"{self._salt}-{version}")
+
+    async def _score_on(
+        self, replica: Replica, token_ids: Sequence[int], version: int, start: int, salt: str
+    ) -> list[float]:
+        if self._lora:
+            return await self._by_token(replica, token_ids, version, start, salt)
+        self._live.resolve(version)
+        return await score_by_prompt(replica.endpoint, token_ids, start, salt=salt, label=version)
+
+    async def _by_token(
+        self, replica: Replica, token_ids: Sequence[int], version: int, start: int, salt: str
+    ) -> list[float]:
+        version = self._live.resolve(version)
+        with self._live.using(version):
+            label = None if self._lora else version
+            model = self._live.model(version)
+            return await score_by_token(replica.endpoint, token_ids, start, salt=salt, model=model, label=label)
 
     async def _limited(self, what: str, act: Callable[[], Awaitable[Answer]]) -> Answer:
         limit_s = self._config.sampler.request_timeout_s
@@ -294,28 +303,11 @@ class VllmSampler:
             with anyio.fail_after(limit_s):
                 return await act()
         except TimeoutError as error:
+            lost = self._fleet.describe()
             raise SamplerRequestError(
                 f"vLLM took longer than sampler.request_timeout_s={limit_s:g} s for {what}; it was cancelled."
+                + (f" Out of rotation:\n{lost}" if lost else "")
             ) from error
-
-    def _resolve(self, wanted: int | None) -> int:
-        """The version that a request is sent to. Raises when it is not live."""
-        for endpoint in self._endpoints:
-            endpoint.check_alive()
-        if self._broken is not None:
-            raise SamplerError(self._broken)
-        if wanted is None:
-            return self.version
-        if wanted in self._shelf if self._lora else wanted == self._version:
-            return wanted
-        raise SamplerRequestError(
-            f"version {wanted} is not live: the newest is {self.version}, "
-            + (f"and {self._keep_versions} adapters are kept." if self._lora else "and full weights have no other.")
-        )
-
-    def _model(self, version: int) -> str | None:
-        """The name under which the server knows `version`; None is the base model."""
-        return adapter_name(version) if self._lora and self._shelf.has_adapter(version) else None
 
     def _room(self, prompt_tokens: int) -> int:
         """Tokens that can follow the prompt."""
@@ -327,28 +319,65 @@ class VllmSampler:
             recoverable=False,
         )
 
-    def _check_pinned(self, wanted: int | None, versions: Sequence[int]) -> None:
-        if wanted is not None and any(version != wanted for version in versions):
-            raise SamplerRequestError(
-                f"version {wanted} was asked for, but a hot-load came in between: drawn by {sorted(set(versions))}."
-            )
+    # Weights
 
-    def _check_agreement(self, scores: Sequence[Sequence[float]], version: int) -> None:
-        tolerance = self._config.publish.canary_tolerance or REPLICA_TOLERANCE
-        for endpoint, other in zip(self._endpoints[1:], scores[1:], strict=True):
-            worst = max((abs(a - b) for a, b in zip(scores[0], other, strict=True)), default=0.0)
-            if worst > tolerance:
-                raise SamplerError(
-                    f"{endpoint.name} and {self._endpoints[0].name} disagree on version {version} by {worst:.3g} in a "
-                    f"log-prob; at most {tolerance:g} was expected. They do not hold the same weights."
-                )
+    async def publish(self, weights: Weights) -> None:
+        """Make `weights` live on every replica. On return, new requests are drawn from them.
+
+        Raises `SamplerError` when that fails twice in a row, or takes longer than `publish.timeout_s`.
+        """
+        if weights.folder is None or weights.adapter != self._lora:
+            raise SamplerError(
+                f"the vLLM sampler was given {'an adapter' if weights.adapter else 'full weights'} in "
+                f"{weights.folder}; expected a folder with {'an adapter' if self._lora else 'full weights'}."
+            )
+        if weights.version < self.version:
+            raise SamplerError(f"version {weights.version} was published after version {self.version}: versions grow.")
+        # Absolute: a server has a working directory of its own.
+        folder, limit_s = weights.folder.absolute(), self._config.publish.timeout_s
+        began = anyio.current_time()
+        try:
+            with anyio.fail_after(limit_s):
+                await self._live.publish(weights.version, folder)
+        except TimeoutError as error:
+            raise SamplerError(
+                f"version {weights.version} was not live after publish.timeout_s={limit_s:g} s. "
+                "Raise it; with sampler.in_flight='drain' it must exceed the longest completion."
+            ) from error
+        self._probe = (weights.version, weights.probe) if weights.probe is not None else None
+        logger.info("weights live", version=weights.version, seconds=round(anyio.current_time() - began, 4))
+
+    @contextmanager
+    def hold(self) -> Iterator[int | None]:
+        """Keep the newest adapter loaded while the block lasts. None: full weights have one version at a time."""
+        if not self._lora:
+            yield None
+            return
+        version = self.version
+        with self._live.using(version):
+            yield version
+
+    async def load(self) -> Load:
+        """How busy the replicas are, together. One that is lost counts with the tokens that it drew.
+
+        Raises `SamplerError` when none will come back.
+        """
+        self._fleet.check()
+        with anyio.move_on_after(LOAD_PATIENCE_S):
+            await self._fleet.on(self._fleet.up, Replica.observe, counts=False)
+        total = together(replica.counted for replica in self._fleet.replicas)
+        return Load(
+            running=total.running,
+            waiting=total.waiting,
+            kv_use=total.kv_use,
+            preemptions=total.preemptions,
+            rejected=self._fleet.rejected,
+            generated_tokens=total.generated_tokens,
+            replicas_up=len(self._fleet.up),
+            replicas_lost=self._fleet.losses,
+        )
 
 
 def _fresh() -> str:
     """A salt that nobody used: not one token of a canary's score may come from the prefix cache."""
     return secrets.token_hex(16)
-
-
-def _absolute(folder: Path) -> str:
-    """A server has a working directory of its own."""
-    return str(folder.absolute())

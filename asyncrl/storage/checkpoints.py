@@ -27,6 +27,7 @@ import structlog
 
 from asyncrl.errors import CheckpointError
 from asyncrl.metrics.jsonl import encode
+from asyncrl.private import private
 
 NAME = re.compile(r"step-(\d{6,})(\.life-\d+)?")
 SNAPSHOT_FILES = ("config.json", "adapter_config.json")
@@ -136,7 +137,7 @@ class Checkpoints:
         sync(unfinished)
         unfinished.rename(folder)
         sync(self.folder)
-        with self.listing.open("a", encoding="utf-8") as listing:
+        with open(self.listing, "a", encoding="utf-8", opener=private) as listing:
             listing.write(encode({"name": folder.name, "step": step, **entry, "time": round(time.time(), 3)}) + "\n")
             listing.flush()
             os.fsync(listing.fileno())

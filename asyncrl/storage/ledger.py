@@ -159,7 +159,7 @@ class Ledger:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from where an earlier life took `state`. Unfinished draws are to be rolled out again (`requeue`)."""
-        assert not self.admitted and not self.sequences, "a ledger is restored before it is used"
+        assert not self.admitted, "a ledger is restored before it is used"
         counts = state["counts"]
         self.admitted, self.requeued = counts["admitted"], counts["requeued"]
         self.ends.update({end: counts[end] for end in ("trained", "filtered", "rejected")})

@@ -2,9 +2,10 @@
 
     lives     one row per process that worked on the run, and the event that it went on from
     events    one row per change of a draw; the columns of `Event`
-    history   events, and whether they are undone: behind the event that a later life went on from
+    lineage   the lives that the newest one stands on, each up to the event that the next went on from
+    history   events, and whether they are undone: no part of the lineage
 
-Nothing is ever changed or removed: what a resume takes back is undone because of the later life's row alone. The
+Nothing is ever changed or removed: what a resume takes back is undone because of the new life's row alone. The
 event loop appends to a deque, and a thread writes what has gathered in one transaction. A transaction is synced to the
 disk before it counts as written, so that neither kill -9 nor a power cut leaves more than a missing tail.
 """
@@ -35,7 +36,8 @@ from asyncrl.storage.ledger import Entry
 APPLICATION_ID = 0x41524C4C
 """In the header of the file: an SQLite file without it is not ours."""
 FORMAT = 1
-EVENTS = "id, time, life, epoch, row, sequence, state, version, step, rewards, reason"
+NO_END = 2**62
+EVENTS = ("id", "time", "life", "epoch", "row", "sequence", "state", "version", "step", "rewards", "reason")
 SCHEMA = f"""
 CREATE TABLE lives (
     life INTEGER PRIMARY KEY, started_at REAL NOT NULL, ended_at REAL, pid INTEGER NOT NULL,
@@ -45,9 +47,14 @@ CREATE TABLE events (
     id INTEGER PRIMARY KEY, time REAL NOT NULL, life INTEGER NOT NULL, epoch INTEGER NOT NULL, row INTEGER NOT NULL,
     sequence INTEGER NOT NULL, state TEXT NOT NULL, version INTEGER, step INTEGER, rewards TEXT, reason TEXT
 );
-CREATE VIEW history AS SELECT {EVENTS}, EXISTS (
-    SELECT 1 FROM lives WHERE lives.life > events.life AND lives.resumed_from < events.id
-) AS undone FROM events;
+CREATE VIEW lineage AS WITH RECURSIVE stands (life, last) AS (
+    SELECT max(life), {NO_END} FROM lives
+    UNION ALL
+    SELECT events.life, lives.resumed_from FROM stands
+        JOIN lives ON lives.life = stands.life JOIN events ON events.id = lives.resumed_from
+) SELECT * FROM stands;
+CREATE VIEW history AS SELECT {", ".join(f"events.{name}" for name in EVENTS)}, events.id > coalesce(last, 0) AS undone
+    FROM events LEFT JOIN lineage ON lineage.life = events.life;
 """
 
 WRITE_EVERY_S = 0.25
@@ -96,7 +103,10 @@ class Life:
     """None: it is running, or was killed."""
     pid: int
     resumed_from: int
-    """The event that it went on from: later ones of earlier lives are undone. 0: it began at the start."""
+    """The event that it went on from. 0: it began at the start."""
+    stands_until: int
+    """The last of its events that may be in the lineage, as if it had gone on for ever where it is the newest life. 0:
+    all that it did is undone."""
     bounds: Bounds | None
 
 
@@ -276,9 +286,14 @@ class LedgerReader:
         self._connection = connection
 
     def lives(self) -> list[Life]:
-        columns = "life, started_at, ended_at, pid, resumed_from, bounds"
-        found = self._connection.execute(f"SELECT {columns} FROM lives ORDER BY life").fetchall()
-        return [Life(*facts, Bounds(**json.loads(bounds)) if bounds else None) for *facts, bounds in found]
+        found = self._connection.execute(
+            "SELECT life, started_at, ended_at, pid, resumed_from, coalesce(last, 0), bounds "
+            "FROM lives LEFT JOIN lineage USING (life) ORDER BY life"
+        )
+        return [
+            Life(life, started_at, ended_at, pid, since, until, Bounds(**json.loads(bounds)) if bounds else None)
+            for life, started_at, ended_at, pid, since, until, bounds in found
+        ]
 
     def events(self, row: int | None = None) -> Iterator[Event]:
         """In the order in which they happened, undone ones too; those of all rows, or of one."""

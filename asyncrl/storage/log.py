@@ -15,7 +15,9 @@ from typing import Any
 
 import structlog
 
-from asyncrl.metrics.jsonl import encode
+from asyncrl.metrics.jsonl import encode, open_to_append
+from asyncrl.private import hide_secrets
+from asyncrl.terminal import visible
 
 EventDict = MutableMapping[str, Any]
 
@@ -33,7 +35,7 @@ def open_log(path: Path, echo: Callable[[str], None] = to_stderr) -> Iterator[st
     """Log to `path` until the block ends. `echo` gets one line of text for each warning or error."""
     before, level = structlog.get_config(), QUIETED.level
     QUIETED.setLevel(logging.ERROR)
-    with path.open("a", encoding="utf-8", buffering=1) as file:
+    with open_to_append(path) as file:
         structlog.configure(
             processors=[
                 structlog.contextvars.merge_contextvars,
@@ -64,10 +66,11 @@ class _Echo:
         if level in ("warning", "error", "critical", "exception"):
             hidden = ("event", "level", "timestamp", "exception")
             details = ", ".join(f"{key}={value}" for key, value in event.items() if key not in hidden)
-            self._echo(f"{event['level']}: {event['event']}" + (f" ({details})" if details else ""))
+            text = f"{event['level']}: {event['event']}" + (f" ({details})" if details else "")
+            self._echo(visible(hide_secrets(text)))
         return event
 
 
 def _line(logger: object, level: str, event: EventDict) -> str:
     first = {"time": event.pop("timestamp"), "level": event.pop("level"), "event": event.pop("event")}
-    return encode({**first, **event})
+    return hide_secrets(encode({**first, **event}))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from asyncrl.model_facts import NO_CODE
 from asyncrl.training.model import PolicyModel, quiet_progress
 
 log = structlog.get_logger(__name__)
@@ -56,7 +57,7 @@ def write_model(policy: PolicyModel, folder: Path, source: str) -> Path:
     if Path(source).is_dir() and not any(Path(source).glob("*token*")):
         log.warning("tokenizer_not_saved", model=source, because="there is none in the model's folder")
         return folder
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, **NO_CODE).save_pretrained(folder)
     return folder
 
 

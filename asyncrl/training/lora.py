@@ -42,6 +42,10 @@ class Adapter:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
+    def starting_here(self) -> Adapter:
+        """The same adapter, begun with the weights that it has now."""
+        return Adapter(self.model, tuple(parameter.detach().clone() for parameter in self.parameters()))
+
     @contextmanager
     def at_start(self) -> Iterator[None]:
         """The model is within what it was before training. Only for forwards without gradient."""
@@ -115,7 +119,7 @@ def _attach_saved(causal_lm: PreTrainedModel, saved: SavedAdapter) -> Adapter:
             "adapter_of_another_base", adapter=str(saved.folder), trained_on=saved.base, model=causal_lm.name_or_path
         )
     set_peft_model_state_dict(adapter.model, tensors)
-    return Adapter(adapter.model, tuple(parameter.detach().clone() for parameter in adapter.parameters()))
+    return adapter.starting_here()
 
 
 def _does_not_fit(causal_lm: PreTrainedModel, saved: SavedAdapter, reason: str) -> ConfigError:

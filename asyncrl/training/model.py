@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from asyncrl.config import Config
 from asyncrl.errors import ConfigError, ModelError
+from asyncrl.model_facts import DATA_ALONE, why_unusable
 from asyncrl.training import attention, lora
 from asyncrl.training.attention import Blocks, Packed, prepare_blocks, prepare_varlen
 from asyncrl.training.batch import Tokens, make_tokens
@@ -214,12 +215,15 @@ def _load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, torch.dtype]:
         )
     try:
         with quiet_progress():
-            model, report = AutoModelForCausalLM.from_pretrained(name, dtype="auto", output_loading_info=True)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name, dtype="auto", output_loading_info=True, **DATA_ALONE
+            )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"model {name!r} cannot be loaded: {error}\n"
             "Expected a name on the Hugging Face hub, or a folder with config.json and safetensors of a causal "
             "language model that `transformers` knows. Check the name, the path, and the connection."
+            f"{why_unusable(name)}"
         ) from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])

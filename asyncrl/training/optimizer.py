@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from asyncrl.config import OptimizerConfig
 from asyncrl.errors import ConfigError
@@ -98,3 +98,29 @@ def normalize_and_clip(parameters: Iterable[Tensor], denominator: float, max_nor
     if factor != denominator:
         torch._foreach_mul_(grads, factor / denominator)
     return norm
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, dict[str, Tensor]]:
+    """What the optimizer knows of each parameter. A plain count becomes a tensor, as all else is one."""
+    return {
+        name: {key: value if isinstance(value, Tensor) else torch.tensor(value) for key, value in state.items()}
+        for name, parameter in parameters.items()
+        if (state := optimizer.state.get(parameter))
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    tree: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """The other way round. Settings, such as betas, stay those of the config."""
+    optimizer.state.clear()
+    for name, state in tree.items():
+        device = parameters[name].device
+        optimizer.state[parameters[name]] = {
+            key: value.item() if value.dtype == torch.int64 and not value.ndim else value.to(device)
+            for key, value in state.items()
+        }

@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint import metadata as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.planner import ReadItem
 
 Tree = dict[str, Any]
@@ -42,7 +42,7 @@ KNOWN: dict[tuple[str, str], Any] = {
             torch.Size,
         )
     },
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # type: ignore[attr-defined]
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
 }
 """All that the index of a tree of tensors names. `BytesStorageMetadata` is not among them: DCP unpickles such bytes."""
@@ -60,7 +60,7 @@ def leaves(tree: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tup
 def write_tensors(tree: Tree, folder: Path) -> None:
     """Write `tree` into `folder`, which exists and is empty; every file is synced to the disk. Raises `OSError`."""
     planner = DefaultSavePlanner()
-    writer = _Writer(folder, sync_files=True)
+    writer = _Writer(folder, sync_files=True, per_thread_copy_ahead=0)
     planner.set_up_planner(tree, is_coordinator=True)
     writer.set_up_storage_writer(is_coordinator=True)
     plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])

@@ -12,6 +12,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor
 
 from asyncrl.config import Config
-from asyncrl.errors import ConfigError, TrainerError
+from asyncrl.errors import ConfigError, StepFailed, TrainerError
 from asyncrl.losses import (
     TIS,
     Counts,
@@ -35,13 +38,32 @@ from asyncrl.losses import (
 )
 from asyncrl.training.accumulator import Accumulator
 from asyncrl.training.batch import Batch, Tokens, check_sequences, check_tokens, make_batch, make_tokens
+from asyncrl.training.checkpoint import State, StateWriter
 from asyncrl.training.columns import Columns, token_columns, train_columns
+from asyncrl.training.diagnosis import (
+    free_memory_of,
+    is_out_of_memory,
+    loss_not_finite,
+    memory_exhausted,
+    sequences_named,
+    step_not_finite,
+)
 from asyncrl.training.export import prune, snapshot, write_folder, write_model
+from asyncrl.training.facts import Facts
 from asyncrl.training.logprobs import TokenLogprobs
 from asyncrl.training.model import PolicyModel, load_policy
-from asyncrl.training.optimizer import check_schedule, learning_rate, make_optimizer, normalize_and_clip
+from asyncrl.training.optimizer import (
+    check_schedule,
+    learning_rate,
+    make_optimizer,
+    normalize_and_clip,
+    optimizer_tensors,
+    restore_optimizer,
+)
 from asyncrl.training.plan import Cut, plan
+from asyncrl.training.randomness import randomness, restore_randomness
 from asyncrl.training.reference import make_reference
+from asyncrl.training.saved_state import SavedState
 from asyncrl.types import Probe, StepResult, TrainSequence, Weights
 
 LossFunction = Callable[[LossInputs], Tensor]
@@ -53,8 +75,8 @@ PROBE_TOKENS = 16
 class TorchTrainer:
     """Owns the trained model, the optimizer, and the batch that is being accumulated.
 
-    Every verb blocks until it is done. Raises `ModelError` and `ConfigError` on construction, `TrainerError`
-    later; after one, the weights are those of the last step that succeeded.
+    Every verb blocks until it is done. Raises `ModelError` and `ConfigError` on construction, `TrainerError` later;
+    after `StepFailed`, the weights are those of the last step that succeeded, and the batch is empty.
     """
 
     def __init__(
@@ -86,9 +108,15 @@ class TorchTrainer:
         self._policy = load_policy(config)
         referenced = config.kl_beta > 0 if reference is None else reference
         self._reference = make_reference(self._policy, config.trainer) if referenced else None
-        self._parameters = self._policy.trained_parameters()
+        self._facts = Facts.of(self._policy, config)
+        self._named = {
+            name: weight for name, weight in self._policy.causal_lm.named_parameters() if weight.requires_grad
+        }
+        self._parameters = list(self._named.values())
         self._optimizer = make_optimizer(self._parameters, config.optimizer)
+        self._states = StateWriter(config.checkpoint.timeout_s)
         self._step = 0
+        self._within_step = False
         self._batch = self._new_batch()
         self._probe = _spread_tokens(self._policy.vocab_size)
 
@@ -114,7 +142,7 @@ class TorchTrainer:
         columns, limit = token_columns(sequences), self._config.trainer.max_tokens_per_microbatch
         for cut in plan(columns, limit, share=self._policy.shares):
             tokens = make_tokens(columns, cut, self._policy.device)
-            with self._guarded("forward"), torch.no_grad():
+            with self._guarded("forward", TrainerError), torch.no_grad():
                 logprobs = self._policy.token_logprobs(tokens, 1.0).logprobs.tolist()  # [N]
             start = 0
             for index in cut.indices.tolist():
@@ -175,19 +203,19 @@ class TorchTrainer:
                 f"optimizer step {step} has nothing to train: no sequence with a loss token was given. Call "
                 "forward_backward before optim_step."
             )
-        with batch.timed("optimizer"), self._guarded(f"optimizer step {step}"):
-            report = batch.report(normalization)
-            rate = learning_rate(settings, step, self._total_steps)
-            norm = normalize_and_clip(self._parameters, batch.denominator(normalization), settings.grad_clip_norm)
-            if not (math.isfinite(norm) and math.isfinite(report["loss"])):
-                raise TrainerError(
-                    f"optimizer step {step} was not taken: its loss is {report['loss']} and its gradient norm {norm}, "
-                    "and both must be finite. The weights are unchanged. Lower optimizer.learning_rate, or look for "
-                    "log-probs and rewards out of range in rollouts.jsonl."
-                )
+        with batch.timed("optimizer"):
+            with self._guarded(f"optimizer step {step}", StepFailed):
+                report = batch.report(normalization)
+                rate = learning_rate(settings, step, self._total_steps)
+                norm = normalize_and_clip(self._parameters, batch.denominator(normalization), settings.grad_clip_norm)
+                if not (math.isfinite(norm) and math.isfinite(report["loss"])):
+                    raise step_not_finite(step, report, norm, self._named)
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
-            self._optimizer.step()
+            self._within_step = True
+            with self._guarded(f"the update of optimizer step {step}", TrainerError):
+                self._optimizer.step()
+            self._within_step = False
             self._optimizer.zero_grad(set_to_none=True)
         self._step = step
         metrics = {**report, "grad_norm": norm, "learning_rate": rate, "optimizer_s": batch.seconds["optimizer"]}
@@ -195,6 +223,7 @@ class TorchTrainer:
 
     def save_weights_for_sampler(self) -> Weights:
         """A snapshot of the current weights, with what the sampler must reproduce under them."""
+        self._require_whole_step()
         adapter = self._policy.adapter is not None
         probe = Probe(self._probe, tuple(self.forward([self._probe])[0]))
         if self._weights_format == "tensors":
@@ -207,9 +236,77 @@ class TorchTrainer:
         prune(self._publish_folder, self._step, keep * max(1, self._config.publish.weight_sync_interval))
         return Weights(version=self._step, adapter=adapter, folder=folder, probe=probe)
 
-    def save_model(self, folder: Path) -> None:
-        """Write the model or adapter, with its tokenizer, as `transformers`, `peft` and vLLM open it."""
-        write_model(self._policy, folder, self._config.model)
+    def save_model(self, folder: Path, *, merge: bool = False) -> None:
+        """Write the model or adapter, with its tokenizer, as `transformers`, `peft` and vLLM open it.
+
+        `merge` writes an adapter as the model that it makes of its base, which needs neither `peft` nor the base.
+        """
+        self._require_whole_step()
+        write_model(self._policy, folder, self._config.model, merge=merge)
+
+    def save_state(self, folder: Path) -> None:
+        """Write weights, optimizer and randomness to `folder`, which does not exist yet, down to the disk.
+
+        Raises `OSError`, and `TrainerError` for weights that are not finite; nothing is left in `folder` then.
+        """
+        self._states.begin(self._state(), folder, beside=False).result()
+
+    def begin_save_state(self, folder: Path) -> Future[None]:
+        """As `save_state`, but training may go on as soon as there is a copy. The future is done with the disk."""
+        return self._states.begin(self._state(), folder)
+
+    def load_state_with_optimizer(self, folder: Path) -> int:
+        """Go on from what `save_state` wrote, bit by bit; gives its step. What a KL refers to stays as it is.
+
+        Raises:
+            CheckpointError: `folder` holds something else, a state of another model or another adapter, or a damaged
+                one. What is found damaged only while it is read leaves this trainer unusable.
+        """
+        saved = SavedState.open(folder)
+        saved.refuse_unless_for(self._facts, optimizer=True)
+        self._load_weights(saved)
+        restore_optimizer(self._optimizer, self._named, saved.read("optimizer"))
+        restore_randomness(self._policy.device, saved.read("randomness"))
+        self._step = saved.step
+        return self._step
+
+    def load_state(self, folder: Path) -> None:
+        """Start at step 0 from the weights alone of what `save_state` wrote: they are what a KL refers to from now on.
+
+        Raises `CheckpointError` as `load_state_with_optimizer`.
+        """
+        saved = SavedState.open(folder)
+        saved.refuse_unless_for(self._facts, optimizer=False)
+        self._load_weights(saved)
+        self._optimizer.state.clear()
+        self._step = 0
+        if self._reference is not None:
+            self._reference = None  # a copy: two at once may be too many
+            self._policy = replace(self._policy, adapter=self._policy.adapter and self._policy.adapter.starting_here())
+            self._reference = make_reference(self._policy, self._config.trainer)
+
+    def _state(self) -> State:
+        self._require_whole_step()
+        tensors = {
+            "model": {name: weight.detach() for name, weight in self._named.items()},
+            "randomness": randomness(self._policy.device),
+        }
+        if optimizer := optimizer_tensors(self._optimizer, self._named):
+            tensors["optimizer"] = optimizer
+        return State(self._step, self._facts, tensors)
+
+    def _load_weights(self, saved: SavedState) -> None:
+        self._drop_batch()
+        with torch.no_grad():
+            saved.fill({"model": {name: weight.detach() for name, weight in self._named.items()}})
+        self._within_step = False
+
+    def _require_whole_step(self) -> None:
+        if self._within_step:
+            raise TrainerError(
+                f"the update of optimizer step {self._step + 1} failed half way, so these weights are of no step. Go "
+                "on from a checkpoint."
+            )
 
     def _accumulate(
         self,
@@ -222,16 +319,15 @@ class TorchTrainer:
         self._check([sequence.tokens for sequence in sequences])
         check_sequences(sequences)
         columns, limit = train_columns(sequences), self._config.trainer.max_tokens_per_microbatch
-        done: list[Tensor] = []
-        for cut in plan(columns, limit, share=self._policy.shares, whole_groups=whole_groups):
-            with self._guarded(f"forward and backward of step {self._step + 1}"):
+        cuts, done = list(plan(columns, limit, share=self._policy.shares, whole_groups=whole_groups)), []
+        for cut in cuts:
+            details = partial(sequences_named, sequences, cut.indices.tolist())
+            with self._guarded(f"forward and backward of step {self._step + 1}, with ", StepFailed, details):
                 done.append(self._microbatch(columns, cut, temperature, objective))
-        if done and not torch.isfinite(torch.stack(done)).all():
+        if done and not (finite := torch.isfinite(torch.stack(done))).all():
             self._drop_batch()
-            raise TrainerError(
-                f"the loss of step {self._step + 1} is not finite. The weights are unchanged. Lower "
-                "optimizer.learning_rate, or look for log-probs and rewards out of range in rollouts.jsonl."
-            )
+            bad = [index for cut, fine in zip(cuts, finite.tolist(), strict=True) if not fine for index in cut.indices]
+            raise loss_not_finite(self._step + 1, sequences, bad, self._named)
 
     def _microbatch(self, columns: Columns, cut: Cut, temperature: float, objective: MicrobatchLoss) -> Tensor:
         """Forward and backward of one microbatch; gives its loss sum, detached."""
@@ -273,8 +369,10 @@ class TorchTrainer:
         check_tokens(sequences, self._policy.vocab_size, self._policy.max_length)
 
     @contextlib.contextmanager
-    def _guarded(self, verb: str) -> Iterator[None]:
-        """Turn running out of memory into a `TrainerError`, and leave no half-made gradient behind an error."""
+    def _guarded(
+        self, verb: str, failure: type[TrainerError], details: Callable[[], str] = lambda: ""
+    ) -> Iterator[None]:
+        """Turn running out of memory into `failure`, and leave no half-made gradient behind an error."""
         try:
             yield
         except TrainerError:
@@ -282,13 +380,11 @@ class TorchTrainer:
             raise
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             self._drop_batch()
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            raise TrainerError(
-                f"{self._policy.device.type} ran out of memory in {verb}, with trainer.max_tokens_per_microbatch="
-                f"{self._config.trainer.max_tokens_per_microbatch}. Lower it (results do not change), switch on "
-                "trainer.gradient_checkpointing, or train an adapter (lora.rank)."
-            ) from error
+            message = memory_exhausted(verb + details(), self._policy.device, self._config.trainer)
+            free_memory_of(error, self._policy.device)
+            raise failure(message) from error
 
 
 def _inputs(batch: Batch, logprobs: Tensor, old: Tensor, reference: Tensor | None) -> LossInputs:
@@ -324,10 +420,3 @@ def _spread_tokens(vocab_size: int) -> tuple[int, ...]:
     """Token ids far apart from each other, the same for every run of a model."""
     golden = 0.6180339887498949
     return tuple(int(math.fmod((place + 1) * golden, 1.0) * vocab_size) for place in range(PROBE_TOKENS))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # The CPU and MPS allocators have no exception type of their own.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory")
-    )

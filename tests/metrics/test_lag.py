@@ -15,7 +15,7 @@ import structlog
 
 from asyncrl.data import Prompt
 from asyncrl.metrics import lag
-from asyncrl.metrics.lag import LONG_S, SLEEP_S, WARN_EVERY_S, LagMeter, _name_of, watch_lag
+from asyncrl.metrics.lag import LONG_S, SLEEP_S, WARN_EVERY_S, LagMeter, name_of, watch_lag
 from asyncrl.testing.clock import run_virtual
 from asyncrl.testing.fakes import CountingTrainer, ScriptedSampler
 from asyncrl.types import RolloutSample
@@ -114,7 +114,7 @@ def test_a_loop_that_runs_nothing_is_not_blamed_on_who_started_it() -> None:
     def look() -> None:
         idle.wait(30)
         time.sleep(0.1)
-        seen.append(_name_of(sys._current_frames()[threading.main_thread().ident or 0]))
+        seen.append(name_of(sys._current_frames()[threading.main_thread().ident or 0]))
 
     looker = threading.Thread(target=look)
     looker.start()

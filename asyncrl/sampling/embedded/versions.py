@@ -34,6 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from asyncrl.errors import ModelError, SamplerError
+from asyncrl.model_facts import DATA_ALONE, NO_CODE, why_unusable
 from asyncrl.sampling.embedded.attention import use_grouped_attention
 from asyncrl.types import Weights
 
@@ -83,9 +84,9 @@ def load_base(model: str, *, device: torch.device, dtype: torch.dtype) -> LiveMo
         ModelError: nothing usable is there, or the model keeps its past in something else than keys and values.
     """
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, **NO_CODE)
         with _no_progress_bars():
-            module = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype)
+            module = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype, **DATA_ALONE)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(_what_is_there(model, error)) from error
     layers = DynamicCache(config=config).layers
@@ -281,4 +282,5 @@ def _what_is_there(model: str, error: Exception) -> str:
     return (
         f"cannot load the model: {found} ({type(error).__name__}: {reason}). Expected a folder with config.json and "
         "safetensors, or the name of a causal language model on the hub. Check `model`."
+        f"{why_unusable(model)}"
     )

@@ -31,6 +31,7 @@ from asyncrl.rollout.queue import GroupQueue
 from asyncrl.rollout.scheduler import Scheduler
 from asyncrl.rollout.staleness import Verdict
 from asyncrl.run_state import RunState, capture
+from asyncrl.standstill import where
 from asyncrl.storage.ledger import Ledger
 from asyncrl.types import Group, Load, Sampler, StepResult, Trainer, TrainSequence
 from asyncrl.watchdog import Watchdog
@@ -134,16 +135,17 @@ class Engine:
         self._started_at = _now() - self._elapsed_before_s
         try:
             with self.watchdog.phase("training", marks=self._marks, describe=self.describe):
-                async with self.scheduler, anyio.create_task_group() as helpers:
-                    helpers.start_soon(self._watch_load, name="asyncrl load monitor")
-                    helpers.start_soon(watch_lag, self._lag, name="asyncrl lag monitor")
-                    self.scheduler.pump()
-                    await self._train()
-                    helpers.cancel_scope.cancel()
+                try:
+                    async with self.scheduler, anyio.create_task_group() as helpers:
+                        helpers.start_soon(self._watch_load, name="asyncrl load monitor")
+                        helpers.start_soon(watch_lag, self._lag, name="asyncrl lag monitor")
+                        self.scheduler.pump()
+                        await self._train()
+                        helpers.cancel_scope.cancel()
+                finally:
+                    await self.publication.cancel()
         except BaseExceptionGroup as group:
             raise first_failure(group) from None
-        finally:
-            await self.publication.cancel()
 
     def stop(self) -> None:
         """Finish the step under way, publish it, and end."""
@@ -357,7 +359,8 @@ class Engine:
             f"staleness budget: {self.scheduler.budget.free} of {self.scheduler.budget.slots} groups free",
             f"sampler: {self._load}",
         ]
-        return lines + [f"rollout: {member}, for {age_s:.0f} s" for member, age_s in self.scheduler.oldest()]
+        oldest = self.scheduler.oldest(now)
+        return lines + [f"rollout: {member}, for {age_s:.0f} s, at {where(member.task)}" for member, age_s in oldest]
 
     # What it tells
 

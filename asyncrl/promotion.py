@@ -48,7 +48,7 @@ def _find(which: str) -> Checkpoint | Path:
         return folder
     if (folder / "config.toml").is_file() and not Checkpoints(folder).all():
         settings = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
-        model = folder / settings.get("export_name", settings.get("output_model_id", "model"))
+        model = folder / str(settings.get("export_name", settings.get("output_model_id", "model")))
         if _is_exported(model):
             return model
         raise CheckpointError(f"{folder} has neither a checkpoint nor a model: its run ended before its first step.")

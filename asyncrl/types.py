@@ -8,7 +8,7 @@ thread, process or machine. N is the number of tokens of one sample.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -278,3 +278,20 @@ class Trainer(Protocol):
 
     async def save_model(self, folder: Path) -> None:
         """Write the model or adapter as `transformers`, `peft` and vLLM open it."""
+
+    async def save_state(self, folder: Path) -> Awaitable[None]:
+        """Take a snapshot of weights, optimizer and randomness, to be written into `folder`, which does not exist yet.
+
+        On return training may go on; the awaitable ends when every file is on the disk. It raises `OSError`, and
+        `TrainerError` for weights that are not finite; nothing is left in `folder` then.
+        """
+
+    async def load_state_with_optimizer(self, folder: Path) -> int:
+        """Go on from what `save_state` wrote, as if training had never stopped; gives its step.
+
+        Raises `CheckpointError` for anything else: an exported model, another model or LoRA rank, a damaged file.
+        """
+
+    async def load_state(self, folder: Path) -> None:
+        """Start at step 0, with a fresh optimizer, from the weights alone of what `save_state` wrote: they are what a
+        KL refers to. Raises `CheckpointError` as `load_state_with_optimizer`."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.errors import StallError
+from asyncrl.private import private
 from asyncrl.standstill import busy_threads, tasks_report, threads_report, where
 
 LOOKS = 20
@@ -158,7 +159,10 @@ class Watchdog:
             now = phase.loop.time()
             yield f"run: {phase.name}, for {now - phase.since:.0f} s"
             yield f"it waits at: {where(phase.task)}"
-            yield from phase.describe(now)
+            try:
+                yield from phase.describe(now)
+            except Exception as error:  # what is broken enough to stall may be too broken to be described
+                yield f"it cannot be described: {error!r}"
         yield from busy_threads()
 
 
@@ -166,7 +170,7 @@ def _write(path: Path, head: str, lines: list[str]) -> None:
     """Whole or not at all."""
     new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        with open(new, "w", encoding="utf-8", opener=private) as file:
             file.write("\n".join([head, "", *lines, ""]))
             file.flush()
             os.fsync(file.fileno())

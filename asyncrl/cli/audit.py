@@ -18,11 +18,14 @@ from asyncrl.storage.audit import Fault, LifeTally
 from asyncrl.storage.audit_run import Audit, audit_run
 from asyncrl.storage.folder import RunFolder
 from asyncrl.storage.ledger_file import Event, Life, read_ledger
+from asyncrl.terminal import visible
 
 CLEAN, OFF, NO_LEDGER = 0, 1, 2
 """Exit codes; that of several runs is the highest."""
 MOST_SHOWN = 10
 """Faults of one kind, and reasons of rejections."""
+LONGEST_REASON = 300
+"""Characters."""
 
 
 def audit_runs(runs: Sequence[str], row: int | None = None) -> int:
@@ -108,7 +111,7 @@ def _counts(audit: Audit) -> list[str]:
     again = [f"{account.counts[state]:,} {state}" for state in ("requeued", "restarted") if account.counts[state]]
     if again:
         lines.append(f"rolled out again: {', '.join(again)}")
-    lines += [f"rejected {count:,} x: {reason}" for reason, count in account.reasons.most_common(MOST_SHOWN)]
+    lines += [f"rejected {count:,} x: {_line(why)}" for why, count in account.reasons.most_common(MOST_SHOWN)]
     return lines
 
 
@@ -151,8 +154,13 @@ def _details(event: Event) -> str:
         rewards = Counter(f"{reward:g}" for reward in json.loads(event.rewards))
         details.append("rewards " + ", ".join(f"{n} x {reward}" if n > 1 else reward for reward, n in rewards.items()))
     if event.reason is not None:
-        details.append(event.reason)
+        details.append(_line(event.reason))
     return ", ".join(details)
+
+
+def _line(reason: str) -> str:
+    """It may hold what an exception said."""
+    return visible(" ".join(reason.split()))[:LONGEST_REASON]
 
 
 def _time(seconds: float) -> str:

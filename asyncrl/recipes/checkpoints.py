@@ -29,7 +29,7 @@ from asyncrl.storage.checkpoints import Checkpoints, resolve, write_file
 class Client(Protocol):
     """The verbs of a `TorchTrainer` that checkpoints need."""
 
-    def save_state(self, folder: Path) -> Any: ...
+    def save_state(self, folder: Path) -> None: ...
 
     def load_state_with_optimizer(self, folder: Path) -> int: ...
 
@@ -83,11 +83,10 @@ def save_checkpoint(
         return snapshot
     unfinished = checkpoints.begin(step)
     try:
-        written = client.save_state(unfinished / "trainer")
+        client.save_state(unfinished / "trainer")
         write_file(unfinished / "state.json", encode({"recipe": "own", "loop_state": loop_state}).encode())
         if kind == "both":
             client.save_model(unfinished / "model")
-        written.result()
     except BaseException:
         checkpoints.abandon(step)
         raise

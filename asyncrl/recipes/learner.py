@@ -102,8 +102,8 @@ class Learner:
         return {"loss": sum(losses) / self._objective.divisor(units), **_means(metrics)}
 
     def save_state(self, folder: Path) -> Future[None]:
-        """Copy weights, optimizer and randomness; the copy is written to `folder` meanwhile. Raises `OSError`."""
-        return self._trainer.save_state(folder)
+        """Copy weights, optimizer and randomness. The future is done when the copy is in `folder`, on the disk."""
+        return self._trainer.begin_save_state(folder)
 
     def load_state(self, folder: Path) -> None:
         """Go on where `save_state` was. Raises `CheckpointError`."""

@@ -17,7 +17,7 @@ import structlog
 
 from asyncrl.checkpointing import LEAST_S, SHARE, Reason
 from asyncrl.config import CheckpointConfig
-from asyncrl.errors import EngineError
+from asyncrl.errors import EngineError, TrainerError
 from asyncrl.metrics.jsonl import encode
 from asyncrl.storage.checkpoints import Checkpoints, write_file
 
@@ -66,7 +66,7 @@ class Saver:
         """The last one. Returns when it is on the disk; where its step has one already, it is that one.
 
         Raises:
-            EngineError: as `stepped`.
+            EngineError: as `stepped`, and a `TrainerError` where the weights are not worth keeping.
         """
         self._settle()
         if self.config.final and step and step != self.last_step:
@@ -106,6 +106,9 @@ class Saver:
                 f"{self.config.timeout_s:g} s. Is the disk of {self.folder.run} all right? A slow one needs a higher "
                 "limit."
             ) from None
+        except TrainerError:
+            self.folder.abandon(writing.step)
+            raise
         except OSError as error:
             self._given_up(writing.step, error)
         else:

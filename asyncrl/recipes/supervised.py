@@ -7,10 +7,9 @@ A run that is resumed takes the same way, and loads a checkpoint before its firs
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,19 +229,28 @@ class _Run:
             self.shown.note,
             last_step=resumed_step,
         )
-        sinks = open_sinks(self.engine.trackers, folder.root, self.engine, resumed_step)
-        try:
-            for record in self.shown.steps(total, self._records(learner, total, stop)):
-                sinks.write(record)
-                saver.stepped(self.step, self._state)
-        finally:
-            failed = sys.exc_info()[0] is not None
+        with closing(open_sinks(self.engine.trackers, folder.root, self.engine, resumed_step)) as sinks:
             try:
-                saver.finish(self.step, self._state, "failure" if failed else "final")
-                if self.engine.save_model and (self.step or stop.requested):
-                    learner.save(folder.model)
-            finally:
-                sinks.close()
+                for record in self.shown.steps(total, self._records(learner, total, stop)):
+                    sinks.write(record)
+                    saver.stepped(self.step, self._state)
+            except BaseException:
+                self._save_after_failure(learner, saver)
+                raise
+            saver.finish(self.step, self._state, "final")
+            if self.engine.save_model and (self.step or stop.requested):
+                learner.save(folder.model)
+
+    def _save_after_failure(self, learner: Learner, saver: Saver) -> None:
+        """What can be saved still. That it cannot is said, and is not what the run ends with."""
+        if not self.step:
+            return
+        try:
+            saver.finish(self.step, self._state, "failure")
+            if self.engine.save_model:
+                learner.save(self.start.folder.model)
+        except (AsyncRLError, OSError) as error:
+            self.shown.note(f"warning: not all could be saved after the failure: {error}")
 
     def _records(self, learner: Learner, total: int, stop: Interrupt) -> Iterator[Mapping[str, float]]:
         config, began, failed = self.config, time.monotonic() - self.elapsed_s, 0

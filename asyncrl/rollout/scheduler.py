@@ -150,9 +150,8 @@ class Scheduler:
     def open_groups(self) -> int:
         return len(self._open)
 
-    def oldest(self, count: int = 5) -> list[tuple[Member, float]]:
+    def oldest(self, now: float, count: int = 5) -> list[tuple[Member, float]]:
         """The rollouts that have run longest, and for how long (s)."""
-        now = self._loop.time()
         longest = itertools.chain(self._overdue.values(), self._running.values())
         return [(member, now - member.started_at) for member in itertools.islice(longest, count)]
 

@@ -71,7 +71,8 @@ class Fleet:
 
     def describe(self) -> str:
         """What is wrong with those that are not up, a line for each."""
-        return "\n".join(f"{replica.name}: {headline(replica.cause)}" for replica in self.replicas if not replica.up)
+        out = [replica for replica in self.replicas if not replica.up]
+        return "\n".join(f"{replica.name}: {headline(replica.cause, replica.name)}" for replica in out)
 
     # What becomes of them
 

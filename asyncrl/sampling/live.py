@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -56,6 +57,7 @@ class LiveWeights(ABC):
         """A request is with `version` while the block lasts."""
         return nullcontext()
 
+    @abstractmethod
     async def until_open(self) -> None:
         """Wait until no hot-load holds requests back; returns at once where none does."""
 
@@ -130,6 +132,9 @@ class LiveAdapters(LiveWeights):
         finally:
             self._shelf.end(version)
 
+    async def until_open(self) -> None:
+        """Requests go on beside a hot-load."""
+
     async def publish(self, version: int, folder: Path) -> None:
         if self._shelf.has_adapter(version):
             raise SamplerError(f"version {version} was published twice: versions grow.")
@@ -139,14 +144,14 @@ class LiveAdapters(LiveWeights):
             behind = [replica for replica in self._fleet.up if version not in replica.adapters]
             if not behind:
                 break
-            self._settle(version, await self._fleet.on(behind, lambda replica: self.give(replica, version)))
+            self._settle(version, await self._fleet.on(behind, partial(self.give, version=version)))
         self._shelf.add(version)
         await self._unload(self._shelf.take_drained())
 
     async def _unload(self, versions: Sequence[int]) -> None:
         for version in versions:
             del self._folders[version]
-            answers = await self._fleet.on(self._fleet.up, lambda replica, version=version: _unload(replica, version))  # type: ignore[misc]
+            answers = await self._fleet.on(self._fleet.up, partial(_unload, version=version))
             for replica, error in answers.refused.items():
                 # It only takes room there, until the server throws out what was not used for longest.
                 logger.warning("adapter not unloaded", replica=replica.name, version=version, error=str(error))
@@ -156,21 +161,21 @@ class LiveAdapters(LiveWeights):
 
     async def give(self, replica: Replica, version: int) -> None:
         folder = self._folders[version]
-        if version in self._shelf and version != self.version and not await anyio.Path(folder).is_dir():
+        if version < self.version and not await anyio.Path(folder).is_dir():
             # Held for long, by an evaluation say: its files are gone, and those who ask for it draw anew.
-            logger.warning("version given up: its files are gone, and a new server needs them", version=version)
-            self._shelf.withdraw(version)
+            if version in self._shelf:
+                logger.warning("version given up: its files are gone, and a new server needs them", version=version)
+                self._shelf.withdraw(version)
             return
         await self._in_time(version, replica.endpoint.load_adapter(version, str(folder)))
         replica.adapters.add(version)
 
     async def forgot(self, replica: Replica) -> str | None:
-        expected = set(self._shelf.adapters)
-        names = await loaded_models(replica.endpoint)
-        gone = [
-            version for version in self._shelf.adapters if version in expected and adapter_name(version) not in names
-        ]
-        return f"it does not know adapter {adapter_name(gone[0])} any more: it was started again" if gone else None
+        expected, names = self._shelf.adapters, await loaded_models(replica.endpoint)
+        for version in expected:
+            if adapter_name(version) not in names and version in self._shelf:  # and not unloaded meanwhile
+                return f"it does not know adapter {adapter_name(version)} any more: it was started again"
+        return None
 
 
 async def _unload(replica: Replica, version: int) -> None:
@@ -218,9 +223,8 @@ class LiveModel(LiveWeights):
             self._gate = anyio.Event()
             self._broken = f"the hot-load of version {version} did not finish, so the weights in vLLM are not known"
             try:
-                answers = await self._fleet.on(
-                    self._fleet.up, lambda replica: self._load(replica, version, str(folder))
-                )
+                load = partial(self._load, version=version, source=str(folder))
+                answers = await self._fleet.on(self._fleet.up, load)
                 self._settle(version, answers)
                 self._broken = None
                 if done := bool(answers.given):  # else all were lost meanwhile: they come back with the version before

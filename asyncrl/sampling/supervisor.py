@@ -22,7 +22,7 @@ from asyncrl.sampling.fleet import Fleet, headline
 from asyncrl.sampling.launch import Launch
 from asyncrl.sampling.replica import EXIT_NOTICE_S, Replica
 from asyncrl.sampling.server import wait_until_ready
-from asyncrl.sampling.vitals import SILENCE_S, Pulse
+from asyncrl.sampling.vitals import QUICK_DEATHS, SILENCE_S, Pulse
 
 WATCH_EVERY_S = 1.0
 """How often a replica is asked how it is: a few ms of its time."""
@@ -154,7 +154,10 @@ class Supervisor:
         """What dies at once each time, for lack of memory say, is not mended by time."""
         ours = all(replica.endpoint.server is not None for replica in self._fleet.replicas)
         if ours and not self._fleet.up and all(replica.comeback.hopeless for replica in self._fleet.replicas):
-            self._give_up("Every vLLM replica died several times in a row without one answer: it will not get better.")
+            self._give_up(
+                f"Every vLLM replica died {QUICK_DEATHS} times in a row without one answer. Starting them again does "
+                "not mend that, so the run ends."
+            )
 
     async def _bound_outages(self) -> None:
         while True:
@@ -164,13 +167,13 @@ class Supervisor:
                 await self._fleet.some_up()
                 continue
             self._give_up(
-                f"No vLLM replica has answered for {_now() - began:.0f} s (sampler.outage_timeout_s, and what a start took)."
+                f"No vLLM replica has come back within {_now() - began:.0f} s: sampler.outage_timeout_s, and as long "
+                "as the first start took. Mend what ended them; raise the limit if that takes longer."
             )
 
-    def _give_up(self, headline: str) -> None:
-        last = self._fleet.replicas[-1].cause
-        details = f"\n{last}" if "\n" in last else ""
-        self._fleet.fail(f"{headline}\n{self._fleet.describe()}{details}")
+    def _give_up(self, why: str) -> None:
+        logs = [replica.cause for replica in self._fleet.replicas if "\n" in replica.cause]
+        self._fleet.fail("\n".join([why, self._fleet.describe(), *logs[:1]]))
         self.stop()
 
 

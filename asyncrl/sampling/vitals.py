@@ -5,8 +5,8 @@ from __future__ import annotations
 from asyncrl.sampling.load import EngineLoad
 
 SILENCE_S = 30.0
-"""A server that gives no answer at all for so long hangs. Its HTTP side answers in milliseconds beside a busy engine, and
-in seconds on a CPU that everything shares; it does not wait for the engine."""
+"""A server that gives no answer at all for so long hangs. Its HTTP side does not wait for the engine: it answers in
+milliseconds, and in seconds on a CPU that everything shares."""
 
 REFUSALS = 2
 """Connections in a row that nobody takes, a second apart: the server is gone, or the way to it."""

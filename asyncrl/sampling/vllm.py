@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -206,7 +206,7 @@ class VllmSampler:
         if self._probe is None or self._probe[0] != version:
             return
         probe = self._probe[1]
-        scored = await self._score_on(replica, probe.tokens, version, 1, _fresh())
+        scored = await self._score_anew(replica, probe.tokens, version, 1)
         check_agreement(
             {"the trainer": probe.logprobs, replica.name: scored}, version, self._config.publish.canary_tolerance
         )
@@ -220,12 +220,16 @@ class VllmSampler:
         Raises `SamplerRequestError` for one bad or lost request, `SamplerError` when no replica will come back.
         """
         room = self._room(len(request.token_ids))
-        return await self._limited(
-            "a completion",
-            lambda: self._fleet.ask(
-                request.session, lambda replica: self._draw(replica, request, room), self._live.until_open
-            ),
-        )
+        draw = partial(self._draw, request=request, room=room)
+        ready = partial(self._ready, request.version)
+        completion = await self._limited("a completion", self._fleet.ask(request.session, draw, ready))
+        check_pinned(request.version, completion.versions)
+        return completion
+
+    async def _ready(self, version: int | None) -> None:
+        """Wait until a request for `version` can be sent. Raises when there is no such version."""
+        await self._live.until_open()
+        self._live.resolve(version)
 
     async def _draw(self, replica: Replica, request: SampleRequest, room: int) -> Completion:
         version = self._live.resolve(request.version)
@@ -239,9 +243,7 @@ class VllmSampler:
             )
             # The limit is that of `_limited`: time at the gate counts too.
             answer = await replica.endpoint.post(GENERATE_PATH, body, timeout_s=None)
-        completion = read_completion(answer, version=version if self._lora else None)
-        check_pinned(request.version, completion.versions)
-        return completion
+        return read_completion(answer, version=version if self._lora else None)
 
     async def score(
         self, token_ids: Sequence[int], version: int, *, start: int = 1, session: str | None = None
@@ -253,22 +255,20 @@ class VllmSampler:
         """
         self._room(len(token_ids))
         if session is None:
-            return await self._limited("scoring", lambda: self._score_everywhere(token_ids, version, start))
-        return await self._limited(
-            "scoring",
-            lambda: self._fleet.ask(
-                session, lambda replica: self._score_in(replica, token_ids, version, start), self._live.until_open
-            ),
+            return await self._limited("scoring", self._score_everywhere(token_ids, version, start))
+        # Token by token: what the session said before is in the cache, which prompt log-probs would not read.
+        ask = partial(
+            self._score_by_token, token_ids=token_ids, version=version, start=start, salt=f"{self._salt}-{version}"
         )
+        return await self._limited("scoring", self._fleet.ask(session, ask, partial(self._ready, version)))
 
     async def _score_everywhere(self, token_ids: Sequence[int], version: int, start: int) -> list[float]:
         while True:
             await self._fleet.some_up()
-            await self._live.until_open()
-            salt = _fresh()
-            answers = await self._fleet.on(
-                self._fleet.up, lambda replica: self._score_on(replica, token_ids, version, start, salt)
-            )
+            await self._ready(version)
+            ask = partial(self._score_anew, token_ids=token_ids, version=version, start=start)
+            with self._live.using(version):
+                answers = await self._fleet.on(self._fleet.up, ask)
             for error in answers.refused.values():
                 raise error
             if answers.given:  # else all were lost
@@ -276,32 +276,25 @@ class VllmSampler:
                 check_agreement(named, version, self._config.publish.canary_tolerance)
                 return next(iter(answers.given.values()))
 
-    async def _score_in(self, replica: Replica, token_ids: Sequence[int], version: int, start: int) -> list[float]:
-        """Token by token: what the session said before is in the cache, which prompt log-probs would not read."""
-        return await self._by_token(replica, token_ids, version, start, f"{self._salt}-{version}")
-
-    async def _score_on(
-        self, replica: Replica, token_ids: Sequence[int], version: int, start: int, salt: str
-    ) -> list[float]:
+    async def _score_anew(self, replica: Replica, token_ids: Sequence[int], version: int, start: int) -> list[float]:
+        """Not one number may come from the prefix cache: the salt is one that nobody used."""
+        salt = secrets.token_hex(16)
         if self._lora:
-            return await self._by_token(replica, token_ids, version, start, salt)
-        self._live.resolve(version)
+            return await self._score_by_token(replica, token_ids, version, start, salt)
         return await score_by_prompt(replica.endpoint, token_ids, start, salt=salt, label=version)
 
-    async def _by_token(
+    async def _score_by_token(
         self, replica: Replica, token_ids: Sequence[int], version: int, start: int, salt: str
     ) -> list[float]:
-        version = self._live.resolve(version)
         with self._live.using(version):
-            label = None if self._lora else version
-            model = self._live.model(version)
+            label, model = (None, self._live.model(version)) if self._lora else (version, None)
             return await score_by_token(replica.endpoint, token_ids, start, salt=salt, model=model, label=label)
 
-    async def _limited(self, what: str, act: Callable[[], Awaitable[Answer]]) -> Answer:
+    async def _limited(self, what: str, act: Awaitable[Answer]) -> Answer:
         limit_s = self._config.sampler.request_timeout_s
         try:
             with anyio.fail_after(limit_s):
-                return await act()
+                return await act
         except TimeoutError as error:
             lost = self._fleet.describe()
             raise SamplerRequestError(
@@ -376,8 +369,3 @@ class VllmSampler:
             replicas_up=len(self._fleet.up),
             replicas_lost=self._fleet.losses,
         )
-
-
-def _fresh() -> str:
-    """A salt that nobody used: not one token of a canary's score may come from the prefix cache."""
-    return secrets.token_hex(16)

@@ -7,6 +7,7 @@ torch nor a model, so a scheduler, a rollout function or an agent can be tested 
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -14,8 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from asyncrl.errors import SamplerRequestError
+from asyncrl.errors import CheckpointError, SamplerRequestError
 from asyncrl.types import Completion, Load, Probe, SampleRequest, StepResult, TrainSequence, Weights
+
+STATE = "counting.json"
 
 Script = Callable[[SampleRequest], Sequence[int]]
 """What the fake policy answers."""
@@ -147,7 +150,8 @@ class ScriptedSampler:
 class CountingTrainer:
     """Trains nothing, keeps what it was given, and takes the time it is told to.
 
-    `batches[i]` holds the sequences of optimizer step i + 1.
+    `batches[i]` holds the sequences of optimizer step i + 1, or of those since a state was loaded. That state is one
+    small file with the step, which is on the disk after `save_s`.
     """
 
     def __init__(
@@ -156,17 +160,20 @@ class CountingTrainer:
         step_s: Callable[[], float] = lambda: 0.0,
         on_sequences: Callable[[Sequence[TrainSequence], int], Awaitable[None] | None] | None = None,
         probe: bool = False,
+        save_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._step_s = step_s
+        self._save_s = save_s
         self._on_sequences = on_sequences
         self._probe = probe
+        self._loaded_step = 0
         self._batch: list[TrainSequence] = []
         self.batches: list[list[TrainSequence]] = []
         self.saved: list[Path] = []
 
     @property
     def step(self) -> int:
-        return len(self.batches)
+        return self._loaded_step + len(self.batches)
 
     async def __aenter__(self) -> CountingTrainer:
         return self
@@ -196,3 +203,22 @@ class CountingTrainer:
 
     async def save_model(self, folder: Path) -> None:
         self.saved.append(folder)
+
+    async def save_state(self, folder: Path) -> Awaitable[None]:
+        return asyncio.ensure_future(self._write(folder, self.step))
+
+    async def _write(self, folder: Path, step: int) -> None:
+        await asyncio.sleep(self._save_s())
+        folder.mkdir()
+        (folder / STATE).write_text(json.dumps({"step": step}))
+
+    async def load_state_with_optimizer(self, folder: Path) -> int:
+        await self.load_state(folder)
+        self._loaded_step = int(json.loads((folder / STATE).read_text())["step"])
+        return self._loaded_step
+
+    async def load_state(self, folder: Path) -> None:
+        if not (folder / STATE).is_file():
+            raise CheckpointError(f"{folder} is not the state of a trainer: expected {STATE} in it.")
+        self._loaded_step = 0
+        self._batch, self.batches = [], []

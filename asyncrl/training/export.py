@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from asyncrl.model_facts import NO_CODE
+from asyncrl.training.lora import merged_weights, plain_name
 from asyncrl.training.model import PolicyModel, quiet_progress
 
 log = structlog.get_logger(__name__)
@@ -25,14 +26,17 @@ def snapshot(policy: PolicyModel) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in policy.causal_lm.named_parameters()}
 
 
-def write_folder(policy: PolicyModel, folder: Path, dtype: torch.dtype) -> Path:
+def write_folder(policy: PolicyModel, folder: Path, dtype: torch.dtype, merge: bool = False) -> Path:
     """Write the model in `dtype`, or the adapter, to `folder`: beside it first, then renamed, so that whoever
-    sees `folder` sees all of it. An older folder of that name is replaced."""
+    sees `folder` sees all of it. An older folder of that name is replaced.
+
+    `merge` writes the model that an adapter makes of its base. Raises `ModelError` where there is no such model.
+    """
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     with quiet_progress():
-        if policy.adapter is not None:
+        if policy.adapter is not None and not merge:
             # "auto" would look the base model up on the hub to see whether its embedding had been resized.
             policy.adapter.model.save_pretrained(str(unfinished), save_embedding_layers=False)
         else:
@@ -50,9 +54,9 @@ def prune(folder: Path, newest: int, keep: int) -> None:
             shutil.rmtree(old)
 
 
-def write_model(policy: PolicyModel, folder: Path, source: str) -> Path:
+def write_model(policy: PolicyModel, folder: Path, source: str, merge: bool = False) -> Path:
     """As `write_folder` in the dtype of the source checkpoint, with the tokenizer of `source` beside it."""
-    write_folder(policy, folder, policy.source_dtype)
+    write_folder(policy, folder, policy.source_dtype, merge)
     # From a folder without a tokenizer, `transformers` would make an empty one.
     if Path(source).is_dir() and not any(Path(source).glob("*token*")):
         log.warning("tokenizer_not_saved", model=source, because="there is none in the model's folder")
@@ -63,8 +67,9 @@ def write_model(policy: PolicyModel, folder: Path, source: str) -> Path:
 
 def _write_full(policy: PolicyModel, folder: Path, dtype: torch.dtype) -> None:
     causal_lm = policy.causal_lm
-    parameters = {name: parameter.detach().to(dtype) for name, parameter in causal_lm.named_parameters()}
-    buffers = {name: buffer for name, buffer in causal_lm.state_dict().items() if _is_buffer(causal_lm, name)}
+    parameters = {plain_name(name): weight.to(dtype) for name, weight in merged_weights(causal_lm)}
+    state = causal_lm.state_dict().items()
+    buffers = {plain_name(name): buffer for name, buffer in state if _is_buffer(causal_lm, name)}
     causal_lm.save_pretrained(folder, state_dict={**parameters, **buffers})
     # `save_pretrained` writes the dtype of the model in memory, not that of the tensors it was given.
     path = folder / "config.json"

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from asyncrl.config import Config
+from asyncrl.training.lora import is_adapters, plain_name
 from asyncrl.training.model import PolicyModel
 
 VALUES_PER_WEIGHT = 32
-BASE_LAYER, ADAPTER = ".base_layer", ".lora_"
-"""What `peft` writes into the names of weights: around those of the model, and those of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ class Facts:
     def of(cls, policy: PolicyModel, config: Config) -> Facts:
         """Those of a model that was just loaded."""
         named = dict(policy.causal_lm.named_parameters())
-        base = {name.replace(BASE_LAYER, ""): weight for name, weight in named.items() if ADAPTER not in name}
+        base = {plain_name(name): weight for name, weight in named.items() if not is_adapters(name)}
         adapter = config.lora.model_dump(mode="json", include={"rank", "alpha", "targets"})
         return cls(
             model=config.model,

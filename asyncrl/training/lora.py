@@ -11,19 +11,23 @@ import structlog
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import Embedding as LoraEmbedding
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from asyncrl.config import LoraConfig
-from asyncrl.errors import ConfigError
+from asyncrl.errors import ConfigError, ModelError
 from asyncrl.saved_adapter import WEIGHTS, SavedAdapter, read_adapter
 
 log = structlog.get_logger(__name__)
 
 PREFIX, DOWN = "base_model.model.", ".lora_A.weight"
 """What `peft` writes around the name of a module."""
+BASE_LAYER, OWN = ".base_layer", ".lora_"
+"""What it writes into the names of weights: around those of a module that has an adapter, and those of the adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,42 @@ def attach(causal_lm: PreTrainedModel, config: LoraConfig, seed: int) -> Adapter
             f"lora.targets={config.targets!r} does not fit {type(causal_lm).__name__}: {error} "
             "Use 'all-linear', or names of its linear layers."
         ) from error
+
+
+def is_adapters(name: str) -> bool:
+    """Whether a weight of that name belongs to an adapter, and not to its base model."""
+    return OWN in name
+
+
+def plain_name(name: str) -> str:
+    """The name that a weight of the base model has without an adapter."""
+    return name.replace(BASE_LAYER, "")
+
+
+def merged_weights(causal_lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The weights of the base model, one after the other, with its adapter (if it has one) laid into them.
+
+    Each is added up in float32; the model itself stays as it is. Raises `ModelError` for an adapter on an embedding
+    that is the output head too: the head goes without it, so one tensor cannot be both.
+    """
+    for name, weight in causal_lm.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        if is_adapters(name):
+            continue
+        if leaf != "weight" or not module.endswith(BASE_LAYER):
+            yield name, weight.detach()
+            continue
+        layer = causal_lm.get_submodule(module.removesuffix(BASE_LAYER))
+        assert isinstance(layer, LoraLayer)
+        if isinstance(layer, LoraEmbedding) and weight is causal_lm.get_output_embeddings().weight:
+            raise ModelError(
+                f"the adapter on {module.removesuffix(BASE_LAYER)} cannot be merged: {type(causal_lm).__name__} uses "
+                "that weight as its output head too, without the adapter. Save the adapter, or leave the embedding out "
+                "of lora.targets."
+            )
+        with torch.no_grad():
+            delta = sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
+            yield name, weight.float() + delta
 
 
 def _attach(causal_lm: PreTrainedModel, rank: int, alpha: float, targets: str | list[str], seed: int) -> Adapter:

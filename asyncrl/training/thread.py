@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,10 +153,27 @@ class ThreadedTrainer:
         """A snapshot of the current weights in the form that the sampler wants."""
         return await self._run("save_weights_for_sampler", self._open().save_weights_for_sampler)
 
-    async def save_model(self, folder: Path) -> None:
-        """Write the model or adapter as `transformers`, `peft` and vLLM open it."""
+    async def save_model(self, folder: Path, *, merge: bool = False) -> None:
+        """Write the model or adapter as `transformers`, `peft` and vLLM open it; `merge`: an adapter in its base."""
         trainer = self._open()
-        await self._run("save_model", lambda: trainer.save_model(folder))
+        await self._run("save_model", lambda: trainer.save_model(folder, merge=merge))
+
+    async def save_state(self, folder: Path) -> Awaitable[None]:
+        """Take a snapshot to be written into `folder`; training may go on while the awaitable waits for the disk."""
+        trainer = self._open()
+        written = asyncio.wrap_future(await self._run("save_state", lambda: trainer.begin_save_state(folder)))
+        written.add_done_callback(_heard)
+        return written
+
+    async def load_state_with_optimizer(self, folder: Path) -> int:
+        """Go on from a saved state: weights, optimizer, randomness. Gives its step."""
+        trainer = self._open()
+        return await self._run("load_state_with_optimizer", lambda: trainer.load_state_with_optimizer(folder))
+
+    async def load_state(self, folder: Path) -> None:
+        """Start at step 0 from the weights alone of a saved state."""
+        trainer = self._open()
+        await self._run("load_state", lambda: trainer.load_state(folder))
 
     async def set_probe(self, token_ids: Sequence[int]) -> None:
         """Use these tokens for the canary."""
@@ -194,3 +211,9 @@ class ThreadedTrainer:
                 "Its thread is left behind; end the process."
             )
         waiter.exception()
+
+
+def _heard(written: asyncio.Future[None]) -> None:
+    """A failure that nobody waits for any more is not worth a message of asyncio's."""
+    if not written.cancelled():
+        written.exception()

@@ -242,7 +242,7 @@ class TorchTrainer:
         `merge` writes an adapter as the model that it makes of its base, which needs neither `peft` nor the base.
         """
         self._require_whole_step()
-        write_model(self._policy, folder, self._config.model, merge=merge)
+        write_model(self._policy, folder, self._config.model, merge)
 
     def save_state(self, folder: Path) -> None:
         """Write weights, optimizer and randomness to `folder`, which does not exist yet, down to the disk.

@@ -54,13 +54,17 @@ def units_of(model: Path, rows: list[dict[str, Any]]) -> list[Unit]:
 def test_each_epoch_trains_every_unit_once(count: int, size: int, epochs: int, shuffle: bool, seed: int) -> None:
     units: list[Any] = [(number,) for number in range(count)]
     made = list(batches(units, batch_size=size, epochs=epochs, shuffle=shuffle, seed=seed))
-    assert len(made) == steps_of(count, size, epochs, None)
+    assert len(made) == steps_of(count, size, epochs)
     for epoch in range(epochs):
-        mine = [batch for number, batch in made if number == epoch]
+        mine = [batch for place, batch in made if place.epoch == epoch]
         assert sorted(unit for batch in mine for unit in batch) == units
         assert all(len(batch) == size for batch in mine[:-1])
     if not shuffle:
         assert [unit for _, batch in made for unit in batch] == units * epochs
+    for done, (place, _) in enumerate(made, start=1):
+        left = list(batches(units, batch_size=size, epochs=epochs, shuffle=shuffle, seed=seed, start=place))
+        assert left == made[done:]
+        assert len(left) == steps_of(count, size, epochs, place)
 
 
 def test_epochs_have_orders_of_their_own_that_follow_the_seed() -> None:
@@ -234,7 +238,7 @@ def test_what_a_run_leaves(model: Path, tmp_path: Path) -> None:
         0
     ].keys()
     with pytest.raises(ConfigError, match=r"(?s)already holds a run .*\(run_dir is log_path here\)"):
-        sft_loop.main(config, chats(8), view="quiet")
+        sft_loop.main(config, chats(8), view="quiet", resume=False)
 
 
 def test_the_same_seed_is_the_same_run(model: Path, tmp_path: Path) -> None:

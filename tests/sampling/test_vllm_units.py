@@ -179,7 +179,7 @@ def test_first_adapter_may_be_version_zero() -> None:
 
 def command(on_cpu: bool, **settings: Any) -> list[str]:
     config = Config(model="some/model", **settings)
-    return list(launch.command(config, 8000, on_cpu=on_cpu, context_tokens=4096, keep_versions=4))
+    return list(launch.command(config, on_cpu=on_cpu, context_tokens=4096, keep_versions=4))
 
 
 def value(words: list[str], flag: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import structlog
 
 from asyncrl.config import CheckpointConfig
-from asyncrl.errors import EngineError
+from asyncrl.errors import CheckpointError, DataError, EngineError
 from asyncrl.metrics.jsonl import encode
 from asyncrl.run_state import RunState
 from asyncrl.storage.checkpoints import Checkpoint, Checkpoints, write_file
@@ -182,4 +182,8 @@ def load_state(checkpoint: Checkpoint) -> RunState:
         CheckpointError: it cannot be read.
     """
     loop = checkpoint.state()["loop"]
-    return RunState(checkpoint.step, loop, decode_groups(checkpoint.groups.read_bytes()))
+    try:
+        groups = decode_groups(checkpoint.groups.read_bytes())
+    except (OSError, DataError) as error:
+        raise CheckpointError(f"{checkpoint.groups} cannot be read: {error} Name another checkpoint.") from None
+    return RunState(checkpoint.step, loop, groups)

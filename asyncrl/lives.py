@@ -72,7 +72,7 @@ def open_life(config: Config, rows: Rows, resume: Resume) -> Iterator[Life]:
             if goes_on:
                 folder.begin_life(config, life.number)
                 Checkpoints(folder.root).go_on_from(checkpoint, life.number)
-                rewind(folder.root, life.step)
+                rewind(folder.root, life.step if checkpoint is not None else None)
             yield life
         finally:
             store.close()

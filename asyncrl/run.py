@@ -106,8 +106,6 @@ async def train_async(
     measure = evaluation_function(evaluation, evaluation_samples, config.evaluation)
     facts = await asyncio.to_thread(read_facts, config.model, config.max_seq_len)
     total_steps = steps_at_most(config, len(rows))
-    from asyncrl.training.thread import ThreadedTrainer
-
     _silence_progress_bars()
     with (
         open_life(config, rows, resume) as life,
@@ -115,6 +113,8 @@ async def train_async(
         LiveView(Path(config.model).name, total_steps, mode=view) as live,
     ):
         live.note(f"run folder: {life.folder.root}")
+        from asyncrl.training.thread import ThreadedTrainer  # what its imports have to say goes into the log
+
         watchdog = Watchdog(config.stall_timeout_s, life.folder.root / "stalled.txt")
         run = TrainingRun(config, facts, life, live, interrupt, watchdog, ThreadedTrainer, total_steps)
         try:

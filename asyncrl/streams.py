@@ -17,18 +17,20 @@ GONE = frozenset({errno.EPIPE, errno.EIO})
 
 
 class LastingFile(io.FileIO):
-    """A file that takes everything; once nobody reads it, the descriptor leads nowhere."""
+    """A file that takes everything, also where its disk is full; once nobody reads it, its descriptor leads nowhere."""
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in GONE:
-                raise
+            if error.errno in GONE:
+                self._lead_nowhere()
+        return memoryview(data).nbytes
+
+    def _lead_nowhere(self) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
         os.close(nowhere)
-        return memoryview(data).nbytes
 
 
 @contextmanager

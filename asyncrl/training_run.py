@@ -6,8 +6,8 @@ import asyncio
 import shutil
 import sys
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from asyncrl.interrupt import Interrupt
 from asyncrl.lives import Life
 from asyncrl.measure import beside, make_evaluator, policies
 from asyncrl.metrics.live import LiveView
-from asyncrl.metrics.report import where_time_went
+from asyncrl.metrics.report import Account, where_time_went
 from asyncrl.metrics.sinks import SinkList, open_sinks
 from asyncrl.model_facts import ModelFacts, load_tokenizer
 from asyncrl.result import TrainResult
@@ -58,11 +58,13 @@ class TrainingRun:
     make_trainer: Callable[..., Any]
     """`ThreadedTrainer`: the torch side is run.py's to see."""
     total_steps: int
-    records: list[Record] = field(default_factory=list)
+    account: Account = field(default_factory=Account)
+    last_record: Record | None = None
+    recorder: SampleRecorder | None = None
 
     async def run(self, rollout: Callable[..., Any], rows: Rows, measure: EvaluationFn | None) -> TrainResult:
         config, folder = self.config, self.life.folder
-        async with AsyncExitStack() as stack:
+        async with self._open() as stack:
             trainer, sampler = await self._open_ends(stack)
             with self.watchdog.phase("loading the checkpoint"):
                 await self._load(trainer)
@@ -105,6 +107,20 @@ class TrainingRun:
         )
 
     # What is opened
+
+    @asynccontextmanager
+    async def _open(self) -> AsyncIterator[AsyncExitStack]:
+        """An exit stack; that it closes has a name and a limit too."""
+        stack = AsyncExitStack()
+        try:
+            yield stack
+        except BaseException:
+            with self.watchdog.phase("closing what the run had open"):
+                if not await stack.__aexit__(*sys.exc_info()):
+                    raise
+        else:
+            with self.watchdog.phase("closing what the run had open"):
+                await stack.aclose()
 
     async def _open_ends(self, stack: AsyncExitStack) -> tuple[Trainer, Sampler]:
         """The trainer first: a GPU that both share must show vLLM what is left."""
@@ -149,14 +165,13 @@ class TrainingRun:
         rollouts: RolloutLog,
     ) -> Engine:
         config, folder = self.config, self.life.folder
-        recorder = SampleRecorder(folder.samples, after_step=self.life.step) if config.record_samples else None
-        if recorder is not None:
-            stack.callback(recorder.close)
+        recorder = self.recorder = self._open_recorder(stack) if config.record_samples else None
 
         def on_step(record: Record, batch: Batch) -> None:
             record |= as_metrics(context.totals)
             context.totals.clear()
-            self.records.append(record)
+            self.account.add(record)
+            self.last_record = record
             sinks.write(record)
             rollouts.write(int(record["step"]), batch.trained)
             if recorder is not None:
@@ -197,7 +212,7 @@ class TrainingRun:
             trainer=trainer,
             config=config.checkpoint,
             every_steps=max(1, config.publish.weight_sync_interval),
-            flush=engine.ledger.flush,
+            flush=lambda: self._flush(engine),
             about=lambda: {
                 "asyncrl": asyncrl.__version__,
                 "model": config.model,
@@ -208,6 +223,23 @@ class TrainingRun:
             say=self.live.note,
             last=life.checkpoint,
         )
+
+    async def _flush(self, engine: Engine) -> None:
+        """Bring to the disk what a checkpoint stands on."""
+        await engine.ledger.flush()
+        if self.recorder is not None:
+            await self.recorder.flush()
+
+    def _open_recorder(self, stack: AsyncExitStack) -> SampleRecorder:
+        """With what a replay makes the same trainer from."""
+        settings = {
+            "config": self.config.model_dump(mode="json"),
+            "total_steps": self.total_steps,
+            "torch_threads": torch_threads(self.config),
+        }
+        recorder = SampleRecorder(self.life.folder.samples, after_step=self.life.step, settings=settings)
+        stack.callback(recorder.close)
+        return recorder
 
     def _rollout_log(self) -> RolloutLog:
         loaded: list[Any] = []

@@ -1,6 +1,6 @@
 """A process that has children of every kind that a run has, all of which hang. Run by test_children.py.
 
-    python children_of_a_run.py FOLDER      ends never; FOLDER/hangs.py is what the children run
+python children_of_a_run.py FOLDER      ends never; FOLDER/hangs.py is what the children run
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ async def main(folder: Path) -> None:
     hangs = str(folder / "hangs.py")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
     guarded = (sys.executable, "-I", "-S", str(GUARD), "0.5", sys.executable, hangs, "server")
-    tethered = tethered((sys.executable, hangs, "mcp"), None)
-    for command in (guarded, tethered):
+    tied = tethered((sys.executable, hangs, "mcp"), None)
+    for command in (guarded, tied):
         await asyncio.create_subprocess_exec(*command, **pipes)  # type: ignore[arg-type]
     await asyncio.gather(
         asyncrl.offload(work, hangs, process=True, timeout_s=600),

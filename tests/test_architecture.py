@@ -20,7 +20,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "asyncrl"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-TORCH_SIDE = ("losses", "training", "sampling/transformers.py", "sampling/embedded", "demo", "recipes/learner.py")
+TORCH_SIDE = (
+    "losses",
+    "training",
+    "sampling/transformers.py",
+    "sampling/embedded",
+    "demo",
+    "recipes/learner.py",
+    "replay.py",
+)
 LAZY_TORCH = ("run.py", "ends.py", "testing/models.py", "installation.py", "model_facts.py")
 """Import torch or transformers inside functions: whoever loads these files does not pay for it."""
 TORCH = {"torch", "transformers", "peft", "safetensors", "tokenizers"}

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, on real processes: once ends a run cleanly, twice at once, and nothing stays behind."""
+"""Signals, stalls and lost terminals, on real processes: how a run ends, with which exit code, and what it leaves."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from asyncrl.exits import CUT_SHORT, FINISHED, STALLED, stopped_by
+from asyncrl.storage.audit_run import audit_run
 from asyncrl.storage.folder import config_toml
 from tests.conftest import MakeConfig
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 90.0
 """Of every wait: each one takes a second or two on an idle machine."""
-INTERRUPTED = 130
+INTERRUPTED = stopped_by(signal.SIGINT)
 
 ROLLOUT = """
 import asyncio
@@ -47,16 +49,13 @@ from asyncrl.cli.config import load_config
 from my_rollout import rollout
 if __name__ == "__main__":
     rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
-    try:
-        asyncrl.train(rollout, dataset=rows, config=load_config("run.toml"), evaluation=rows[:4])
-    except KeyboardInterrupt:
-        raise SystemExit(130)
+    asyncrl.train(rollout, dataset=rows, config=load_config("run.toml"), evaluation=rows[:4])
 """
 SAVES_ITS_STEP = """
 from asyncrl.training.trainer import TorchTrainer
 honest = TorchTrainer.save_model
-def save(self, folder):
-    honest(self, folder)
+def save(self, folder, **how):
+    honest(self, folder, **how)
     (folder / "step").write_text(str(self.step))
 TorchTrainer.save_model = save
 """
@@ -112,6 +111,12 @@ class Run:
         path = self.folder / name
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
+    def last_step(self) -> int:
+        return self.lines("metrics.jsonl")[-1]["step"]
+
+    def last_checkpoint(self) -> int:
+        return self.lines("checkpoints.jsonl")[-1]["step"]
+
     def summary(self) -> dict[str, Any]:
         return json.loads((self.folder / "summary.json").read_text())
 
@@ -121,7 +126,7 @@ def start(make_config: MakeConfig, tmp_path: Path) -> Iterator[Callable[..., Run
     """Starts runs; after the test no process of theirs may be alive."""
     started: list[subprocess.Popen[str]] = []
 
-    def go(*arguments: str, hangs: str = "False", before: str = "", **settings: Any) -> Run:
+    def go(*arguments: str, hangs: str = "False", before: str = "", stdout: int | None = None, **settings: Any) -> Run:
         config = make_config(data={"epochs": 1000}, **settings)
         (tmp_path / "run.toml").write_text(
             f'dataset = "rows.jsonl"\nrollout_fn = "my_rollout.py:rollout"\n{config_toml(config)}'
@@ -134,7 +139,7 @@ def start(make_config: MakeConfig, tmp_path: Path) -> Iterator[Callable[..., Run
                 [sys.executable, "-u", *(arguments or ("-m", "asyncrl", "train", "run.toml"))],
                 cwd=tmp_path,
                 env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-                stdout=out,
+                stdout=out if stdout is None else stdout,
                 stderr=err,
                 text=True,
                 start_new_session=True,
@@ -164,22 +169,22 @@ def stepped(run: Run, steps: int = 3) -> Callable[[], bool]:
     return lambda: len(run.lines("metrics.jsonl")) >= steps
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_once_ends_cleanly(start: Callable[..., Run], model: Path, number: signal.Signals) -> None:
     run = start(before=SAVES_ITS_STEP)
     run.until(stepped(run))
     run.send(number)
-    assert run.end() == INTERRUPTED
+    assert run.end() == stopped_by(number)
     assert "Traceback" not in run.errors()
     assert "stopping after this step; once more stops at once" in run.errors()
 
-    summary, records, ends = run.summary(), run.lines("metrics.jsonl"), run.lines("ledger.jsonl")
+    summary, records, audit = run.summary(), run.lines("metrics.jsonl"), audit_run(run.folder)
     assert summary["interrupted"] is True
-    assert summary["steps"] == len(records) == max(end["step"] for end in ends if end["state"] == "trained")
-    assert records[-1]["step"] == len(records) == int((run.folder / "model" / "step").read_text())
-    keys = [(end["epoch"], end["row"]) for end in ends]
-    assert len(set(keys)) == len(keys) == summary["ledger"]["admitted"]
-    assert sum(end["state"] == "pending" for end in ends) == summary["ledger"]["pending"]
+    assert audit.faults == []
+    assert summary["steps"] == len(records) == audit.account.step == run.last_step() == run.last_checkpoint()
+    assert int((run.folder / "model" / "step").read_text()) == len(records)
+    told = audit.account.summary()
+    assert told == {**summary["ledger"], **told}
     assert_trained(model, run.folder / "model")
 
 
@@ -195,9 +200,30 @@ def test_twice_ends_at_once(start: Callable[..., Run]) -> None:
     run.send(signal.SIGINT)
     run.until(run.warns("stopping after this step"))
     run.send(signal.SIGINT)
-    assert run.end() == INTERRUPTED
+    assert run.end() == CUT_SHORT
     assert "stopping at once" in run.errors()
     assert "Traceback" not in run.errors()
+
+
+def test_a_stop_that_takes_too_long_is_cut_short_and_says_what_it_waited_for(start: Callable[..., Run]) -> None:
+    run = start(before=NEVER_PUBLISHES, stop_timeout_s=2.0)
+    run.until(run.says("PUBLISHING"))
+    run.send(signal.SIGTERM)
+    assert run.end() == CUT_SHORT
+    assert "error: the stop has not come to its end within stop_timeout_s=2 s" in run.errors()
+    assert "> never (my_rollout.py:" in run.errors()
+    assert "MainThread" in (run.folder / "stalled.txt").read_text()
+
+
+def test_a_stall_names_the_culprit_and_has_an_exit_code_of_its_own(start: Callable[..., Run]) -> None:
+    """The hot-load never ends; the engine waits for it before the next one."""
+    run = start(before=NEVER_PUBLISHES, rollout={"timeout_s": 2.0}, stall_timeout_s=3.0)
+    assert run.end() == STALLED
+    assert "error: nothing has moved for stall_timeout_s=3 s." in run.errors()
+    assert "> never (my_rollout.py:" in run.errors()
+    assert "Traceback" not in run.errors()
+    assert "asyncrl hot-load of 1" in (run.folder / "stalled.txt").read_text()
+    assert audit_run(run.folder).faults == []
 
 
 def test_while_rollouts_hang(start: Callable[..., Run]) -> None:
@@ -206,7 +232,8 @@ def test_while_rollouts_hang(start: Callable[..., Run]) -> None:
     run.send(signal.SIGINT)
     assert run.end() == INTERRUPTED
     assert (run.summary()["steps"], run.summary()["interrupted"]) == (0, True)
-    assert {end["state"] for end in run.lines("ledger.jsonl")} == {"pending"}
+    told = audit_run(run.folder).account.summary()
+    assert told["admitted"] == told["pending"] > 0
 
 
 def test_while_the_model_loads(start: Callable[..., Run]) -> None:
@@ -222,8 +249,8 @@ def test_during_the_evaluation_before(start: Callable[..., Run]) -> None:
     run = start("script.py", hangs="prompt.evaluation")
     run.until(run.says("HANGING"))
     run.send(signal.SIGINT)
-    assert run.end() == INTERRUPTED
-    assert run.lines("ledger.jsonl") == []
+    assert run.end() == -signal.SIGINT, "an exception that nobody caught: a shell says 130"
+    assert audit_run(run.folder).account.summary()["admitted"] == 0
 
 
 def test_during_the_evaluation_after(start: Callable[..., Run]) -> None:
@@ -231,7 +258,7 @@ def test_during_the_evaluation_after(start: Callable[..., Run]) -> None:
     run = start("script.py", hangs="prompt.evaluation and prompt.policy.version", max_steps=2)
     run.until(run.says("HANGING"))
     run.send(signal.SIGTERM)
-    assert run.end() == INTERRUPTED
+    assert run.end() == stopped_by(signal.SIGTERM)
     summary = run.summary()
     assert (summary["steps"], summary["interrupted"]) == (2, True)
     assert summary["reward_before"] is not None
@@ -245,8 +272,19 @@ def test_during_an_evaluation_beside_training(start: Callable[..., Run]) -> None
     run.until(run.says("HANGING"))
     seen = len(run.lines("metrics.jsonl"))
     run.until(stepped(run, seen + 3))
-    run.send(signal.SIGINT)
-    assert run.end() == INTERRUPTED
+    run.send(signal.SIGTERM)
+    assert run.end() == stopped_by(signal.SIGTERM)
     assert "Traceback" not in run.errors()
     assert (run.summary()["interrupted"], run.summary()["evaluations"]) == (True, 1)
     assert (run.folder / "model" / "config.json").is_file()
+
+
+def test_a_reader_that_goes_away_costs_what_it_would_have_read(start: Callable[..., Run]) -> None:
+    """As in `asyncrl train ... | head -1`; the rollout function prints too."""
+    run = start(hangs='print("x" * 9999, flush=True)', stdout=subprocess.PIPE, max_steps=3)
+    assert run.process.stdout is not None
+    assert "run folder" in run.process.stdout.readline()
+    run.process.stdout.close()
+    assert run.end() == FINISHED
+    assert "Traceback" not in run.errors()
+    assert run.summary()["steps"] == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ from asyncrl.config import Config
 from asyncrl.errors import RolloutFailed, UserError
 from asyncrl.metrics.names import METRIC_BY_NAME
 from asyncrl.run import TrainResult
+from asyncrl.storage.audit_run import audit_run
 from asyncrl.training.thread import ThreadedTrainer
 from tests.conftest import SMALL, MakeConfig
+from tests.storage.ledgers import fates
 
 ROWS = [{"n": n % 10} for n in range(80)]
 HELD_OUT = ROWS[:10]
@@ -118,12 +121,14 @@ class TestARun:
         assert max(record["behavior_kl"] for record in fresh) < 1e-6
 
     def test_the_ledger_accounts_for_every_draw_once(self, learned: Learned) -> None:
-        ends = learned.lines("ledger.jsonl")
-        assert sorted((end["epoch"], end["row"]) for end in ends) == [(e, r) for e in range(2) for r in range(80)]
-        counted = {state: sum(end["state"] == state for end in ends) for state in ("trained", "filtered", "pending")}
-        assert counted | {"rejected": 0, "requeued": 0, "admitted": 160} == learned.result.ledger
-        assert counted["pending"] == 0
-        assert {end["step"] for end in ends if end["state"] == "trained"} == set(range(1, learned.result.steps + 1))
+        ends = fates(learned.result.run_dir)
+        assert sorted(ends) == [(epoch, row) for epoch in range(2) for row in range(80)]
+        counted = Counter(ends.values())
+        assert counted.keys() <= {"trained", "filtered"}
+        assert {**counted, "rejected": 0, "requeued": 0, "pending": 0, "admitted": 160} == learned.result.ledger
+        audit = audit_run(learned.result.run_dir)
+        assert audit.data_ended
+        assert audit.account.step == learned.result.steps
 
     def test_rollouts_can_be_read(self, learned: Learned) -> None:
         lines = learned.lines("rollouts.jsonl")
@@ -297,8 +302,7 @@ class TestDatasets:
         file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         config = make_config(dataset=str(file), data={"epochs": 3, "max_rows": 5})
         result = asyncrl.train(rollout, config=config, view="quiet")
-        drawn = sorted((end["epoch"], end["row"]) for end in read_lines(result.run_dir / "ledger.jsonl"))
-        assert drawn == [(epoch, row) for epoch in range(3) for row in range(5)]
+        assert sorted(fates(result.run_dir)) == [(epoch, row) for epoch in range(3) for row in range(5)]
 
 
 @pytest.mark.parametrize(
@@ -326,7 +330,7 @@ def test_settings_that_change_the_way(make_config: MakeConfig, settings: dict[st
     assert result.worst_staleness <= config.staleness.max_staleness
     assert max(record["canary_diff"] for record in records) < (0.25 if config.trainer.dtype == "bfloat16" else 1e-3)
     assert load_config(result.run_dir / "config.toml") == config
-    assert len(read_lines(result.run_dir / "ledger.jsonl")) == result.ledger["admitted"]
+    assert len(fates(result.run_dir)) == result.ledger["admitted"]
 
 
 async def test_train_async_inside_a_running_loop(make_config: MakeConfig) -> None:

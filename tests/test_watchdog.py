@@ -121,6 +121,25 @@ def test_code_that_swallows_one_cancellation_is_cancelled_again() -> None:
         run_virtual(main())
 
 
+def test_what_is_opened_in_a_phase_may_stay_open_longer() -> None:
+    """Task groups and time limits too, which nest strictly otherwise."""
+
+    async def main() -> None:
+        watchdog = Watchdog(10.0)
+        async with contextlib.AsyncExitStack() as stack:
+            with watchdog.phase("opening the sampler"):
+                group = await stack.enter_async_context(anyio.create_task_group())
+            group.start_soon(anyio.sleep, 9.0)
+            with pytest.raises(StallError), watchdog.phase("training"):
+                await for_ever()
+            task = asyncio.current_task()
+            assert task is not None
+            assert task.cancelling() == 0, "whoever waits for the run is not told that it was cancelled"
+            await asyncio.sleep(1.0)
+
+    run_virtual(main())
+
+
 def test_where_the_report_cannot_be_written_all_of_it_is_said(tmp_path: Path) -> None:
     async def main() -> None:
         with Watchdog(10.0, tmp_path / "gone" / "stalled.txt").phase("training"):

@@ -127,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     audit = command("audit", "Prove that every prompt of a run is accounted for, or say what is off.")
     audit.add_argument("runs", metavar="RUN", nargs="+", help="run folder, such as runs/<time>; it may be going on")
     audit.add_argument("--row", type=int, metavar="N", help="show the history of this dataset row instead")
+    _replay_arguments(command("replay", "Train again from what a run recorded, to the same weights."))
     promote = command("promote", "Write the model of a run, for transformers, peft and vLLM.")
     promote.add_argument("which", metavar="RUN[:step-000012]", help="or an exported adapter, to merge it")
     promote.add_argument("--out", metavar="DIR", required=True, help="a folder that does not exist yet")
@@ -162,6 +163,16 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--best", type=_positive, metavar="N", help="by reward")
     which.add_argument("--worst", type=_positive, metavar="N", help="by reward")
     which.add_argument("--limit", type=_positive, default=5, metavar="N", help="the newest N (default: 5)")
+
+
+def _replay_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="run folder, such as runs/<time>")
+    parser.add_argument(
+        "--from", dest="start", metavar="step-000012", help="begin at a checkpoint (default: the start)"
+    )
+    parser.add_argument("--to", type=_positive, metavar="STEP", help="last step (default: the last that is recorded)")
+    parser.add_argument("--step", type=_positive, metavar="STEP", help="train nothing: show what this step was given")
+    parser.add_argument("--out", metavar="DIR", help="write the model; a folder that does not exist yet")
 
 
 def _range(text: str) -> tuple[float, float]:
@@ -247,6 +258,14 @@ def _audit(arguments: argparse.Namespace) -> int:
     return audit_runs(arguments.runs, arguments.row)
 
 
+def _replay(arguments: argparse.Namespace) -> int:
+    from asyncrl.cli.replay import replay_run, show_step
+
+    if arguments.step is not None:
+        return show_step(arguments.folder, arguments.step)
+    return replay_run(arguments.folder, arguments.start, arguments.to, arguments.out)
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from asyncrl.cli.doctor import doctor
 
@@ -269,6 +288,7 @@ _RUN = {
     "inspect": _inspect,
     "audit": _audit,
     "promote": _promote,
+    "replay": _replay,
     "doctor": _doctor,
     "version": _version,
 }

@@ -93,6 +93,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("publish_s", "time", "s", "The last finished hot-load, from the optimizer step to live in the sampler. It "
            "overlaps with the next step's training."),
     Metric("publish_wait_s", "time", "s", "The part of publishing that training had to wait for."),
+    Metric("checkpoint_s", "time", "s", "How long training stood still for the checkpoint of the step before; the disk "
+           "is written beside training."),
     Metric("step_s", "time", "s", "From the end of the step before to the end of this one."),
     Metric("loop_lag_s", "time", "s", "Largest delay of the event loop. Above 0.2 something blocks it, and every "
            "rollout waits: see `asyncrl.offload` in docs/rollouts.md."),

@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from asyncrl.metrics.report import time_shares
+from asyncrl.metrics.report import Account
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 100
@@ -169,7 +169,7 @@ def speed(progress: Progress) -> str:
 
 
 def time_sentence(progress: Progress) -> str:
-    shares = time_shares(list(progress.recent))
+    shares = Account(list(progress.recent)).shares()
     return str(shares) if shares is not None else "waiting for the first batch"
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,19 +27,54 @@ class TimeShares:
         return f"waiting for rollouts {waiting}, training {training}, publishing {publishing}"
 
 
-def time_shares(records: Iterable[Mapping[str, Any]]) -> TimeShares | None:
-    """Over these steps together; None when they took no time."""
-    wait = train = publish = total = 0.0
-    for record in records:
-        parts = (_number(record, "wait_s"), _number(record, "train_s"), _number(record, "publish_wait_s"))
-        wait, train, publish = wait + parts[0], train + parts[1], publish + parts[2]
-        total += max(_number(record, "step_s"), sum(parts))
-    return TimeShares(wait / total, train / total, publish / total) if total > 0 else None
+class Account:
+    """What the time of a run went into. Owns sums alone: a run of a million steps needs no more memory than its first.
+
+    The metrics are those of docs/metrics.md; one that is absent, null or not a number counts as 0.
+    """
+
+    def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
+        self.steps = 0
+        self._sums: Counter[str] = Counter()
+        self._known: set[str] = set()
+        self._total_s = 0.0
+        for record in records:
+            self.add(record)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Take the record of one more optimizer step."""
+        self.steps += 1
+        self._known.update(name for name in _NAMES if name in record)
+        values = {name: _number(record, name) for name in _NAMES}
+        self._sums.update(values)
+        self._total_s += max(values["step_s"], sum(values[name] for name in _PARTS))
+
+    def shares(self) -> TimeShares | None:
+        """Over all steps together; None when they took no time."""
+        if self._total_s <= 0:
+            return None
+        return TimeShares(*(self._sums[name] / self._total_s for name in _PARTS))
+
+    def knows(self, name: str) -> bool:
+        return name in self._known
+
+    def sum(self, name: str) -> float:
+        return self._sums[name]
+
+    def mean(self, name: str) -> float:
+        return self._sums[name] / self.steps if self.steps else 0.0
 
 
-def where_time_went(records: Sequence[Mapping[str, Any]]) -> str:
+_PARTS = ("wait_s", "train_s", "publish_wait_s")
+_NAMES = (
+    *_PARTS,
+    *("step_s", "sampler_waiting", "kv_use", "groups_filtered", "groups_trained", "in_flight", "window", "budget_free"),
+)
+
+
+def where_time_went(account: Account) -> str:
     """One sentence on the bottleneck, one on what to change."""
-    shares = time_shares(records)
+    shares = account.shares()
     if shares is None:
         return "No optimizer step was finished, so there is no time to account for."
     sentence = f"Time: {shares}."
@@ -48,7 +84,7 @@ def where_time_went(records: Sequence[Mapping[str, Any]]) -> str:
             "or train an adapter (lora.rank), which is loaded without a pause."
         )
     if shares.waiting >= max(DOMINANT, shares.training):
-        return f"{sentence} Rollouts are the bottleneck: {_why_waiting(records)}"
+        return f"{sentence} Rollouts are the bottleneck: {_why_waiting(account)}"
     if shares.training >= DOMINANT:
         return (
             f"{sentence} The trainer is the bottleneck and rollouts hide behind it, which is where a run should be: "
@@ -57,26 +93,26 @@ def where_time_went(records: Sequence[Mapping[str, Any]]) -> str:
     return f"{sentence} No part dominates: rollouts and training are in balance."
 
 
-def _why_waiting(records: Sequence[Mapping[str, Any]]) -> str:
+def _why_waiting(account: Account) -> str:
     """What held the rollouts back, from the gauges at the end of each step."""
-    if _mean(records, "sampler_waiting") >= 1 or _mean(records, "kv_use") > 0.9:
+    if account.mean("sampler_waiting") >= 1 or account.mean("kv_use") > 0.9:
         return (
             "requests wait for room in the sampler. Add sampler.replicas, give it more memory "
             "(sampler.gpu_memory_utilization), or lower sampling.max_tokens."
         )
-    filtered, trained = _sum(records, "groups_filtered"), _sum(records, "groups_trained")
+    filtered, trained = account.sum("groups_filtered"), account.sum("groups_trained")
     if filtered > trained:
         return (
             f"{filtered:.0f} of {filtered + trained:.0f} groups had equal rewards and were thrown away. Use prompts "
             "that the model solves sometimes, a finer reward, or a larger completions_per_prompt."
         )
-    in_flight, window = _mean(records, "in_flight"), _mean(records, "window")
+    in_flight, window = account.mean("in_flight"), account.mean("window")
     if window and in_flight >= 0.9 * window:
         return (
             f"the concurrency window of {window:.0f} was full and the sampler had room. "
             "Raise concurrency.initial_window, or concurrency.max_window where the window has reached it."
         )
-    if _any(records, "budget_free") and _mean(records, "budget_free") < 1:
+    if account.knows("budget_free") and account.mean("budget_free") < 1:
         return (
             "the staleness budget was used up while rollouts were running. Raise staleness.max_staleness, "
             "or shorten the slowest rollouts (sampling.max_tokens, rollout.timeout_s)."
@@ -88,15 +124,3 @@ def _number(record: Mapping[str, Any], name: str) -> float:
     """0 where the metric is absent, null or not a number (then it differs from itself)."""
     value = record.get(name)
     return float(value) if isinstance(value, int | float) and value == value else 0.0
-
-
-def _any(records: Sequence[Mapping[str, Any]], name: str) -> bool:
-    return any(name in record for record in records)
-
-
-def _sum(records: Sequence[Mapping[str, Any]], name: str) -> float:
-    return sum(_number(record, name) for record in records)
-
-
-def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float:
-    return _sum(records, name) / len(records) if records else 0.0

@@ -17,8 +17,9 @@ AXES: Mapping[str, str] = {"metrics.jsonl": "step", "evaluations.jsonl": "eval_v
 """File of a run folder -> the field that says which optimizer step a record belongs to."""
 
 
-def rewind(folder: Path, step: int) -> None:
-    """Leave in the run folder's records those of the first `step` optimizer steps alone.
+def rewind(folder: Path, step: int | None) -> None:
+    """Leave in the run folder's records those of the first `step` optimizer steps alone. None: it begins anew, so not
+    even what was evaluated before the first.
 
     A last line that was cut off by the end of the process goes too. Killed half-way, it can be done again.
 
@@ -30,7 +31,7 @@ def rewind(folder: Path, step: int) -> None:
             _take_back(folder / name, folder / "logs" / "undone" / name, axis, step)
 
 
-def _take_back(path: Path, undone: Path, axis: str, step: int) -> None:
+def _take_back(path: Path, undone: Path, axis: str, step: int | None) -> None:
     undone.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.unfinished")
     with path.open("rb") as lines, open(beside, "wb", opener=private) as kept, undone.open("ab") as taken:
@@ -43,12 +44,12 @@ def _take_back(path: Path, undone: Path, axis: str, step: int) -> None:
         undone.unlink()
 
 
-def _belongs(line: bytes, axis: str, step: int) -> bool:
+def _belongs(line: bytes, axis: str, step: int | None) -> bool:
     try:
         record = json.loads(line)
     except ValueError:  # cut off
         return False
-    return bool(record[axis] <= step)
+    return step is not None and bool(record[axis] <= step)
 
 
 def _sync(file: IO[bytes]) -> None:

@@ -24,7 +24,7 @@ OWN_SETTINGS: Mapping[str, str] = {
 OF_THE_ADAPTER = frozenset({"lora_rank", "lora_alpha"})
 """Those of `warm_start_from_adapter`, unless they are given: then they must be the same."""
 
-ENGINE_SECTIONS = ("trainer", "optimizer", "lora", "checkpoint", "trackers", "wandb", "save_model")
+ENGINE_SECTIONS = ("trainer", "optimizer", "lora", "checkpoint", "trackers", "wandb", "save_model", "stop_timeout_s")
 """The parts of `asyncrl.Config` that training without rollouts has a use for."""
 
 

@@ -86,7 +86,7 @@ def _start(
         life = 1 + len(list(folder.logs.glob("environment.life-*.json")))
         folder.begin_life(config, life)
         Checkpoints(folder.root).go_on_from(checkpoint, life)
-        rewind(folder.root, checkpoint.step if checkpoint is not None else 0)
+        rewind(folder.root, checkpoint.step if checkpoint is not None else None)
     return Start(folder, life, data, checkpoint, state)
 
 

@@ -7,9 +7,11 @@ A run that is resumed takes the same way, and loads a checkpoint before its firs
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from asyncrl.config import Config as EngineConfig
 from asyncrl.data import Cursor, Rows, load_rows
 from asyncrl.errors import AsyncRLError, ConfigError, StepFailed
-from asyncrl.interrupt import Interrupt, stop_on_signals
+from asyncrl.exits import CUT_SHORT
+from asyncrl.interrupt import STDERR, Interrupt, stop_on_signals
 from asyncrl.lives import Resume
 from asyncrl.metrics.sinks import open_sinks
 from asyncrl.model_facts import load_tokenizer, read_facts
@@ -118,7 +121,7 @@ def run(
         units = _encode(data, encoding, config.max_rows, shown, "dataset")
         held_out_units = None if held_out is None else _encode(held_out, encoding, None, shown, "held-out dataset")
         work = _Run(recipe, config, engine, start, shown, units, held_out_units)
-        with stop_on_signals(stop):
+        with stop_on_signals(stop), _bounded(stop, engine.stop_timeout_s):
             try:
                 with full_disk_named(start.folder.root):
                     result = work.run(stop)
@@ -127,6 +130,23 @@ def run(
                 raise
     stop.raise_if_requested()
     return result
+
+
+@contextmanager
+def _bounded(stop: Interrupt, limit_s: float) -> Iterator[None]:
+    """End the process where a stop that was asked for does not come to its end: a step or a disk that hangs."""
+
+    def end() -> None:
+        os.write(STDERR, f"the stop has not come to its end within stop_timeout_s={limit_s:g} s\n".encode())
+        os._exit(CUT_SHORT)
+
+    timer = threading.Timer(limit_s, end)
+    timer.daemon = True
+    stop.stop = timer.start
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _open_rows(config: SupervisedConfig, rows: Rows | None, held_out: Rows | None) -> tuple[Rows, Rows | None]:

@@ -52,8 +52,10 @@ class Server:
         self._watcher: asyncio.Task[None]
         self._log_begins = 0
 
-    async def start(self, launch: Launch) -> None:
-        """End what is left of the process before, at once, and start one. Not ready on return: `wait_until_ready`."""
+    async def start(self, launch: Launch | None = None) -> None:
+        """End what is left of the process before, at once, and start one; `launch`: in another way than that one.
+        Not ready on return: see `wait_until_ready`."""
+        launch = launch or self.launch
         if self._process is not None and not self._ended.is_set():
             _kill(self._process.pid)
             await self.ends_within(KILL_S)
@@ -99,7 +101,7 @@ class Server:
         error = root_error(log)
         return (
             f"vLLM replica {self.launch.name} at {self.launch.url} ended with {how}{out_of_memory}"
-            f"{f': {error}' if error else ''}. {likely_cause(f'{error} {tail}')} "
+            f"{f': {error}' if error else ''}. {likely_cause(f'{error} {tail}')}\n"
             f"The end of {self.launch.log}:\n{tail}"
         )
 
@@ -157,8 +159,10 @@ async def serve(launches: Sequence[Launch], timeout_s: float) -> AsyncIterator[l
         for launch in launches:
             server = Server(launch)
             servers.append(server)
-            await server.start(launch)
+            await server.start()
+        began = time.monotonic()
         await wait_until_ready(servers, timeout_s)
+        logger.info("vllm servers ready", count=len(servers), seconds=round(time.monotonic() - began, 1))
         yield servers
     finally:
         with anyio.CancelScope(shield=True):
@@ -183,7 +187,6 @@ async def wait_until_ready(servers: Sequence[Server], timeout_s: float) -> None:
                 )
             if waiting:
                 await anyio.sleep(POLL_S)
-    logger.info("vllm servers ready", count=len(servers), seconds=round(time.monotonic() - began, 1))
 
 
 async def _healthy(http: aiohttp.ClientSession, url: str) -> bool:

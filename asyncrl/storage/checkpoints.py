@@ -122,7 +122,8 @@ class Checkpoints:
         """A new folder to write the checkpoint of `step` into."""
         unfinished = self.folder / f".step-{step:06d}.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(mode=0o700, parents=True)
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        unfinished.mkdir(mode=0o700)
         return unfinished
 
     def commit(self, step: int, entry: Mapping[str, Any]) -> Checkpoint:
@@ -179,7 +180,7 @@ def resolve(which: str, beside: Path | None = None) -> Checkpoint:
         CheckpointError: there is none, it is not whole, or it is an exported model.
     """
     path = Path(which)
-    if NAME.fullmatch(path.name) and path.is_dir():
+    if NAME.fullmatch(path.name) and path.parent.name == "checkpoints" and path.is_dir():
         return Checkpoints(path.parent.parent).named(path.name)
     job, colon, name = which.rpartition(":")
     if not colon:

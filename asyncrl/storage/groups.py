@@ -44,7 +44,7 @@ def columns_of(groups: Iterable[Group]) -> dict[str, Array]:
         assert len(lengths) == 1, f"a sample with columns of {sorted(lengths)} tokens passed the contract"
     return {
         "groups": _text(json.dumps([_described(group) for group in groups], allow_nan=False)),
-        "info": _text("\n".join(_info(sample.info) for sample in samples)),
+        "info": _text("\n".join(encode(dict(sample.info)) for sample in samples)),
         "tokens": _column((sample.tokens for sample in samples), "<i8"),
         "loss_mask": _column((sample.loss_mask for sample in samples), "<i8"),
         "logprobs": _column((sample.logprobs for sample in samples), "<f8"),
@@ -118,14 +118,6 @@ def _shape(sample: RolloutSample) -> list[Any]:
     """The arguments of `_Samples.take`."""
     turn_rewards = None if sample.turn_rewards is None else list(sample.turn_rewards)
     return [len(sample.tokens), sample.reward, turn_rewards, sample.versions is not None, sample.advantages is not None]
-
-
-def _info(info: Mapping[str, Any]) -> str:
-    """One line. What cannot even be walked (keys that are no text, or a value that holds itself) becomes text."""
-    try:
-        return encode(dict(info))
-    except (TypeError, ValueError, RecursionError):
-        return encode({str(key): str(value) for key, value in info.items()})
 
 
 def _column(values: Iterable[Sequence[Any]], kind: Literal["<i8", "<f8"]) -> Array:

@@ -49,8 +49,10 @@ class Ledger:
     def __init__(self, store: EventStore | None = None) -> None:
         self._store = store
         self._life = store.life if store is not None else 0
-        self.position = store.position if store is not None else 0
-        """Number of the last event. They are counted over all lives of a run."""
+        self._last = store.position if store is not None else 0
+        self.position = 0
+        """Number of the last event that this account stands on: of this life, or else the one that it went on from.
+        They are counted over all lives of a run, those that are undone too."""
         self.sequences: dict[Key, int] = {}
         """The pending draws, each with its place in the order of admission."""
         self._finished: set[Key] = set()
@@ -120,7 +122,8 @@ class Ledger:
         rewards: Sequence[float] | None = None,
         reason: str | None = None,
     ) -> None:
-        self.position += 1
+        self._last += 1
+        self.position = self._last
         if self._store is not None:
             written = json.dumps(rewards) if rewards is not None else None
             self._store.write(
@@ -166,7 +169,8 @@ class Ledger:
         for epoch, row, sequence, finished in state["pending"]:
             self.sequences[epoch, row] = sequence
             (self._finished if finished else self._interrupted).add((epoch, row))
-        self.position = max(self.position, state["position"])
+        self.position = state["position"]
+        self._last = max(self._last, self.position)
         self.check()
 
     async def flush(self) -> None:

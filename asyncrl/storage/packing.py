@@ -58,7 +58,7 @@ class Torn(Exception):
 
 def pack(own: Mapping[str, Any], columns: Mapping[str, Array]) -> bytes:
     """One frame. `own` is plain JSON; the columns are arrays of one dimension."""
-    packed = {name: zlib.compress(np.ascontiguousarray(column), FAST) for name, column in columns.items()}
+    packed = {name: zlib.compress(np.ascontiguousarray(column).data, FAST) for name, column in columns.items()}
     body = b"".join(packed.values())
     kinds = {name: (column.dtype.str, len(packed[name])) for name, column in columns.items()}
     assert all(kind in KINDS for kind, _ in kinds.values()), f"no kind of number for a file among {kinds}"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import structlog
 
@@ -61,7 +61,7 @@ class SampleRecorder:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         number = max((number for number, _ in _files(folder)), default=-1) + 1
         self.path = folder / f"life-{number}.bin"
-        self._file = self.path.open("xb", opener=private)
+        self._file = _create(self.path)
         self._file.write(pack({"after_step": after_step, "settings": settings}, {}))
         self._file.flush()
         self._jobs: SimpleQueue[_Step | Future[None] | None] = SimpleQueue()
@@ -154,6 +154,10 @@ class SampleRecorder:
             f"the disk does not take what is trained on: {self._jobs.qsize()} steps wait for {self.path}. Look at the "
             "disk (or the network behind it), then resume the run; with record_samples=false nothing is recorded."
         )
+
+
+def _create(path: Path) -> BinaryIO:
+    return open(path, "xb", opener=private)
 
 
 def _frame(job: _Step) -> bytes:

@@ -209,16 +209,26 @@ class CountingTrainer:
 
     async def _write(self, folder: Path, step: int) -> None:
         await asyncio.sleep(self._save_s())
-        folder.mkdir()
-        (folder / STATE).write_text(json.dumps({"step": step}))
+        _write_step(folder, step)
 
     async def load_state_with_optimizer(self, folder: Path) -> int:
+        step = _read_step(folder)
         await self.load_state(folder)
-        self._loaded_step = int(json.loads((folder / STATE).read_text())["step"])
-        return self._loaded_step
+        self._loaded_step = step
+        return step
 
     async def load_state(self, folder: Path) -> None:
-        if not (folder / STATE).is_file():
-            raise CheckpointError(f"{folder} is not the state of a trainer: expected {STATE} in it.")
-        self._loaded_step = 0
-        self._batch, self.batches = [], []
+        _read_step(folder)
+        self._loaded_step, self._batch, self.batches = 0, [], []
+
+
+def _write_step(folder: Path, step: int) -> None:
+    folder.mkdir()
+    (folder / STATE).write_text(json.dumps({"step": step}))
+
+
+def _read_step(folder: Path) -> int:
+    try:
+        return int(json.loads((folder / STATE).read_text())["step"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} is not the state of a counting trainer: {error}") from error

@@ -14,10 +14,11 @@ import json
 import shutil
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import structlog
 import torch
@@ -77,7 +78,7 @@ class State:
             write_tensors(self.tensors, folder)
             files = {path.name: checksum(path) for path in sorted(folder.iterdir())}
             facts = {"format": FORMAT, "step": self.step, **asdict(self.facts), "files": files}
-            write_file(folder / FACTS, json.dumps(facts, indent=2).encode())
+            write_file(folder / FACTS, json.dumps(sealed(facts), indent=2).encode())
             sync(folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)  # half a state is of no use, and the disk may be full
@@ -177,6 +178,12 @@ def _refuse_small_disk(state: State, folder: Path) -> None:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def sealed(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with a checksum of itself."""
+    unsealed = {name: value for name, value in facts.items() if name != "crc32"}
+    return {**unsealed, "crc32": zlib.crc32(json.dumps(unsealed, sort_keys=True).encode())}
 
 
 def checksum(path: Path) -> dict[str, int]:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from asyncrl.errors import CheckpointError
-from asyncrl.training.checkpoint import FACTS, FORMAT, checksum
+from asyncrl.training.checkpoint import FACTS, FORMAT, checksum, sealed
 from asyncrl.training.facts import Facts
-from asyncrl.training.tensor_files import INDEX, Tree, read_index, read_tensors
+from asyncrl.training.tensor_files import INDEX, Tree, leaves, read_index, read_tensors
 
 SNAPSHOT_FILES = {"model": "config.json", "adapter": "adapter_config.json"}
 
@@ -80,6 +81,25 @@ class SavedState:
             self.fill({part: found})
         return found
 
+    def differences(self, tree: Tree) -> list[str]:
+        """Names of the weights and optimizer states that differ from those of `tree` in any bit, or in their form."""
+        found: list[str] = []
+        for part in ("model", "optimizer"):
+            saved, here = (dict(leaves(tree)) for tree in (self.read(part), tree.get(part, {})))
+            found += [
+                ".".join((part, *keys))
+                for keys in sorted(saved.keys() | here.keys())
+                if keys not in saved or keys not in here or not _identical(saved[keys], here[keys])
+            ]
+        return found
+
+
+def _identical(first: Tensor, second: Tensor) -> bool:
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    bits = [tensor.detach().cpu().reshape(-1).view(torch.uint8) for tensor in (first, second)]
+    return torch.equal(*bits)
+
 
 def _read_facts(folder: Path) -> dict[str, Any]:
     for kind, file in SNAPSHOT_FILES.items():
@@ -99,14 +119,14 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise _damaged(folder, f"{FACTS} cannot be read: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
-        raise _damaged(folder, f"{FACTS} does not list its files")
+    if not isinstance(content, dict) or content != sealed(content):
+        raise _damaged(folder, f"the content of {FACTS} is not what was written, by its checksum")
     if content.get("format") != FORMAT:
         raise CheckpointError(
             f"the checkpoint in {folder} has format {content.get('format')}, and this version of asyncrl reads "
             f"{FORMAT}. Use the version that wrote it."
         )
-    if missing := {"step", *(field.name for field in fields(Facts))} - set(content):
+    if missing := {"step", "files", *(field.name for field in fields(Facts))} - set(content):
         raise _damaged(folder, f"{FACTS} lacks {', '.join(sorted(missing))}")
     return content
 

@@ -285,6 +285,13 @@ class TorchTrainer:
             self._policy = replace(self._policy, adapter=self._policy.adapter and self._policy.adapter.starting_here())
             self._reference = make_reference(self._policy, self._config.trainer)
 
+    def differences(self, folder: Path) -> list[str]:
+        """Names of the weights and optimizer states that are not, bit by bit, those that `save_state` wrote there.
+
+        Raises `CheckpointError` for what `save_state` did not write.
+        """
+        return SavedState.open(folder).differences(self._state().tensors)
+
     def _state(self) -> State:
         self._require_whole_step()
         tensors = {

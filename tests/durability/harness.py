@@ -21,7 +21,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ ROOT = Path(__file__).parents[2]
 ORPHANS_END_S = 30.0
 """A server that has lost its owner may take this long to end."""
 ENDS = ("trained", "filtered", "rejected")
+SAME_METRICS = ("loss", "grad_norm", "learning_rate", "reward_trained_mean", "train_tokens")
 LEFT_BEHIND = ("checkpoints/.*", "weights", "*.tmp")
 """Of a run that has ended, nothing of these may be there."""
 
@@ -70,12 +70,13 @@ class Nursery:
 
 
 @dataclass(frozen=True, slots=True)
-class Kill:
-    """When a life ends."""
+class Instant:
+    """When a life ends: some time after its birth, or right before it changes files of its checkpoints once more."""
 
     after_s: float | None = None
     before_touch: int | None = None
     whole_tree: bool = False
+    """Everything in its session is killed, and not the process alone."""
 
     def __str__(self) -> str:
         if self.before_touch is not None:
@@ -83,7 +84,33 @@ class Kill:
         return f"{self.after_s:.2f} s{', tree' if self.whole_tree else ''}"
 
 
-NEVER = Kill()
+NEVER = Instant()
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What the instants are drawn from: an undisturbed life."""
+
+    seconds: float
+    touches: int
+
+    def instant(self, rng: random.Random) -> Instant:
+        """Every second one by the clock, the others among the steps of writing checkpoints, which take little time."""
+        if rng.random() < 0.5:
+            return Instant(after_s=rng.uniform(0, self.seconds), whole_tree=rng.random() < 0.5)
+        return Instant(before_touch=rng.randint(1, self.touches))
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """One that came before its life had ended."""
+
+    at: Instant
+    hit: str
+    """In words, what the process was doing."""
+
+    def __str__(self) -> str:
+        return f"{self.at}: {self.hit}"
 
 
 @dataclass(slots=True)
@@ -93,12 +120,10 @@ class Trial:
     folder: Path
     """Of the trial; the run's is `folder / "run"`."""
     settings: dict[str, Any]
-    kills: list[str] = field(default_factory=list)
-    """When each came, and what it hit."""
+    kills: list[Kill] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     seconds: float = 0.0
-    touches: int = 0
-    """Of the life that came to its end."""
+    """Of all its lives."""
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True)
@@ -111,31 +136,29 @@ class Trial:
     def log(self) -> Path:
         return self.folder / "log.txt"
 
-    def live(self, nursery: Nursery, kill: Kill = NEVER) -> Outcome:
+    def live(self, nursery: Nursery, end: Instant = NEVER) -> Outcome:
         """One life. What is wrong after it is added to `faults`."""
         newest = Checkpoints(self.run).latest()
         heard = self.log.stat().st_size if self.log.exists() else 0
         settings = self.settings | {"run_dir": str(self.run)}
-        outcome = nursery.live(Order(settings, str(self.log), **asdict(kill)))
+        outcome = nursery.live(Order(settings, str(self.log), **asdict(end)))
         self.seconds += outcome.seconds
-        self.touches = outcome.touches
         said = self.log.read_text(encoding="utf-8")[heard:]
         resumed = re.search(r"resumed at step (\d+)", said)
         expected = newest.step if newest is not None else None
         if resumed is not None and int(resumed[1]) != expected:
             self.faults.append(f"went on from step {resumed[1]}, but the newest checkpoint is of step {expected}")
         if outcome.how == "killed":
-            self.kills.append(f"{kill}: {_hit(self.run, said, resumed is not None)}")
+            self.kills.append(Kill(end, _hit(self.run, said, expected)))
         elif outcome.how != "ended":
             self.faults.append(f"a life {outcome.how}: {' | '.join(said.strip().splitlines()[-3:])}")
         self.faults += [f"left behind: {orphan}" for orphan in _orphans(outcome.pid, str(self.log))]
         return outcome
 
-    def live_on(self, nursery: Nursery, rng: random.Random, *, length_s: float, most: int) -> None:
-        """Resumed and killed at random instants until it ends; after `most` kills it is left in peace."""
+    def live_on(self, nursery: Nursery, rng: random.Random, span: Span, most: int) -> None:
+        """Killed at random instants and resumed until it ends; after `most` kills it is left in peace."""
         for _ in range(most):
-            outcome = self.live(nursery, Kill(after_s=rng.uniform(0, length_s), whole_tree=rng.random() < 0.5))
-            if outcome.how != "killed":
+            if self.live(nursery, span.instant(rng)).how != "killed":
                 return
         self.live(nursery)
 
@@ -159,19 +182,19 @@ class Trial:
             self.faults += _differences(self.run, reference.run)
 
 
-def _hit(run: Path, said: str, resumed: bool) -> str:
-    """In words, what a life was doing when it was killed."""
+def _hit(run: Path, said: str, stood_at: int | None) -> str:
+    """What a life was doing that began at step `stood_at` and had said so much."""
+    if "sampler:" not in said:
+        return "opening the run folder"
+    if stood_at is not None and "resumed at" not in said:
+        return "loading the checkpoint"
     if any(run.glob("checkpoints/.*.unfinished")):
         return "writing a checkpoint"
     if any(run.glob("checkpoints/.*.removed")):
         return "removing a checkpoint"
-    if not said:
-        return "before its first word"
-    if "checkpoints" not in {path.name for path in run.glob("*")}:
-        return "before the first checkpoint"
-    if "finished after" in said:
-        return "after its last word"
-    return "training" if resumed or "step " in said else "opening or resuming"
+    if (run / "summary.json").exists():
+        return "closing"
+    return "training" if any(run.glob("checkpoints/step-*")) else "before the first checkpoint"
 
 
 def _coverage(run: Path, settings: dict[str, Any]) -> Iterator[str]:
@@ -187,10 +210,13 @@ def _differences(run: Path, reference: Path) -> Iterator[str]:
     """From the run that nobody disturbed."""
     if digest(run) != digest(reference):
         yield "the weights are others than those of the undisturbed run"
-    for name in ("steps", "rollouts", "ledger", "after"):
-        found, expected = (json.loads((root / "summary.json").read_text())[name] for root in (run, reference))
-        if found != expected:
-            yield f"summary.json says {name}: {found}, and that of the undisturbed run {expected}"
+    summary, undisturbed = (json.loads((root / "summary.json").read_text()) for root in (run, reference))
+    for name in ("steps", "ledger", "reward_before", "reward_after"):
+        if summary[name] != undisturbed[name]:
+            yield f"summary.json says {name}: {summary[name]}, and that of the undisturbed run {undisturbed[name]}"
+    for record, expected in zip(lines(run / "metrics.jsonl"), lines(reference / "metrics.jsonl"), strict=False):
+        if different := [name for name in SAME_METRICS if record[name] != expected[name]]:
+            yield f"step {record['step']} has others than the undisturbed run in {', '.join(different)}"
 
 
 def digest(run: Path) -> str:
@@ -225,12 +251,6 @@ def _alive(session: int, mark: str) -> Iterator[str]:
             yield f"process {process.name}: {command[:120]}"
 
 
-@contextmanager
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as opened:
-        yield opened
-
-
 def settings_of(model: Path, **changed: Any) -> dict[str, Any]:
     """Of a run of the agent that is killed."""
     return SETTINGS | {"model": str(model), "record_samples": False} | changed
@@ -238,3 +258,5 @@ def settings_of(model: Path, **changed: Any) -> dict[str, Any]:
 
 ASYNCHRONOUS: dict[str, Any] = {"deterministic": False, "staleness": {"max_staleness": 2}}
 """Settings of a run whose weights depend on time: only its accounts are compared."""
+VLLM: dict[str, Any] = {**ASYNCHRONOUS, "sampler": {"kind": "vllm"}, "lora": {"rank": 4}}
+"""Settings of a run with processes of its own."""

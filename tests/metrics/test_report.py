@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from asyncrl.metrics.report import time_shares, where_time_went
+from asyncrl.metrics.report import Account, where_time_went
 
 
 def record(
@@ -14,21 +14,21 @@ def record(
 
 
 def test_shares_are_of_all_steps_together() -> None:
-    shares = time_shares([record(wait=10, step=10), record(train=20, publish=5, step=30)])
+    shares = Account([record(wait=10, step=10), record(train=20, publish=5, step=30)]).shares()
     assert shares is not None
     assert (shares.waiting, shares.training, shares.publishing) == (0.25, 0.5, 0.125)
     assert str(shares) == "waiting for rollouts 25%, training 50%, publishing 12%"
 
 
 def test_shares_never_exceed_the_whole_when_parts_are_longer_than_the_step() -> None:
-    shares = time_shares([record(wait=6, train=6, step=10)])
+    shares = Account([record(wait=6, train=6, step=10)]).shares()
     assert shares is not None
     assert shares.waiting + shares.training == 1.0
 
 
 @pytest.mark.parametrize("records", [[], [record(step=0.0)], [{"step": 1}], [record(step=float("nan"))]])
 def test_no_time_is_said_plainly(records: list[dict[str, Any]]) -> None:
-    assert "no time to account for" in where_time_went(records)
+    assert "no time to account for" in where_time_went(Account(records))
 
 
 FULL_WINDOW = {"in_flight": 64, "window": 64, "budget_free": 3, "sampler_waiting": 0}
@@ -49,7 +49,7 @@ FULL_WINDOW = {"in_flight": 64, "window": 64, "budget_free": 3, "sampler_waiting
     ],
 )
 def test_bottleneck_is_named_with_its_setting(records: list[dict[str, Any]], said: str) -> None:
-    assert said in where_time_went(records)
+    assert said in where_time_went(Account(records))
 
 
 def test_every_setting_that_is_recommended_exists() -> None:

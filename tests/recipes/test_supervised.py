@@ -321,7 +321,7 @@ def test_a_run_that_fails_keeps_what_was_trained(model: Path, tmp_path: Path) ->
         sft_loop.main(config, chats(64), view="quiet")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] >= 1
-    assert "TrainerError" in summary["error"]
+    assert "StepFailed" in summary["error"]
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 

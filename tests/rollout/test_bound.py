@@ -198,7 +198,7 @@ class TestSeededFaults:
             half_filtered()
 
     def test_a_filtered_group_that_the_ledger_forgets(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ledger.Ledger, "filtered", lambda self, key: self._pending.pop(key))
+        monkeypatch.setattr(ledger.Ledger, "filtered", lambda self, key: self.sequences.pop(key))
         with pytest.raises(AssertionError, match="the ledger lost a prompt"):
             half_filtered()
 

@@ -1,4 +1,4 @@
-"""Advantages, failures, breaker, chunks, ledger: the small pure parts."""
+"""Advantages, failures, breaker, chunks: the small pure parts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from asyncrl.errors import (
 from asyncrl.rollout.advantages import ADVANTAGES, advantage_function, has_signal
 from asyncrl.rollout.batch import chunk_sizes
 from asyncrl.rollout.failures import Breaker, FailurePolicy, Verdict, is_recoverable
-from asyncrl.storage.ledger import Ledger
 
 rewards_lists = st.lists(st.floats(-100, 100), min_size=2, max_size=8)
 
@@ -149,39 +148,3 @@ def test_chunks_are_balanced(groups: int, chunks: int) -> None:
 
 def test_chunks_worked_by_hand() -> None:
     assert chunk_sizes(10, 4) == [3, 3, 2, 2]
-
-
-class TestLedger:
-    def test_every_end_is_written_once(self) -> None:
-        written: list[dict[str, object]] = []
-        ledger = Ledger(lambda entry: written.append(dict(entry)))
-        for row in range(4):
-            ledger.admit((0, row), sequence=row)
-        ledger.trained((0, 0), step=1)
-        ledger.filtered((0, 1))
-        ledger.rejected((0, 2), "2 of 4 rollouts survived")
-        ledger.close()
-        assert [entry["state"] for entry in written] == ["trained", "filtered", "rejected", "pending"]
-        assert written[0] == {"epoch": 0, "row": 0, "sequence": 0, "state": "trained", "step": 1}
-        assert ledger.summary() == {
-            "admitted": 4, "trained": 1, "filtered": 1, "rejected": 1, "pending": 1, "requeued": 0,
-        }  # fmt: skip
-
-    def test_faults_of_the_engine_are_caught(self) -> None:
-        ledger = Ledger()
-        ledger.admit((0, 0), 0)
-        with pytest.raises(AssertionError, match="admitted twice"):
-            ledger.admit((0, 0), 1)
-        ledger.trained((0, 0), 1)
-        with pytest.raises(AssertionError, match="not pending"):
-            ledger.trained((0, 0), 2)
-        with pytest.raises(AssertionError, match="not pending"):
-            ledger.requeue((0, 7), 2)
-
-    def test_a_requeued_prompt_is_admitted_once(self) -> None:
-        ledger = Ledger()
-        ledger.admit((0, 0), 0)
-        ledger.requeue((0, 0), 5)
-        ledger.trained((0, 0), 1)
-        ledger.check()
-        assert ledger.summary()["admitted"] == ledger.summary()["requeued"] == 1

@@ -89,7 +89,7 @@ async def until_log_says(launch: Launch, text: str) -> None:
 async def test_stop_ends_the_whole_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     monkeypatch.setattr("asyncrl.sampling.server.GRACE_S", 0.3)
     server = Server(launch_of(tmp_path, code))
-    await server.start(server.launch)
+    await server.start()
     await until_log_says(server.launch, "started")
     processes = family(server.pid)
     assert len(processes) == 3  # guard, server, its worker

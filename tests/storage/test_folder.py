@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,34 @@ def test_summary_is_readable_json(tmp_path: Path) -> None:
     folder.write_summary({"steps": 3, "loss": float("nan"), "model": folder.model})
     assert json.loads(folder.summary.read_text()) == {"steps": 3, "loss": None, "model": str(folder.model)}
     assert not list(folder.root.glob("*.tmp"))
+
+
+def test_two_cannot_work_in_one_folder(tmp_path: Path) -> None:
+    config = Config(model="m", run_dir=tmp_path / "run")
+    folder = RunFolder.create(config)
+    with folder.lock():
+        for again in (folder.lock, lambda: RunFolder(folder.root).lock()):
+            with pytest.raises(ConfigError, match=rf"process {os.getpid()} of .* is working on"), again():
+                pass
+        with pytest.raises(ConfigError, match="is working on"):  # before it has left anything that could be overwritten
+            RunFolder.create(config)
+    with folder.lock():
+        pass
+
+
+def test_the_lock_of_a_process_that_was_killed_is_lifted(tmp_path: Path) -> None:
+    folder = RunFolder.create(Config(model="m", run_dir=tmp_path / "run"))
+    code = (
+        "import pathlib, sys\nfrom asyncrl.storage.folder import RunFolder\n"
+        "with RunFolder(pathlib.Path(sys.argv[1])).lock():\n    print('locked', flush=True)\n    sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(folder.root)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(ConfigError, match=rf"process {other.pid} of"), folder.lock():
+            pass
+        other.kill()
+    with folder.lock():
+        assert (folder.root / ".lock").read_text().startswith(f"process {os.getpid()} ")
+    assert stat.S_IMODE((folder.root / ".lock").stat().st_mode) == 0o600

@@ -55,6 +55,8 @@ class Checkpointer:
     """The newest that is whole."""
     cost_s: float = 0.0
     """How long training stood still for the last one."""
+    _waiting: int = 0
+    """Finished groups in the last one."""
     _due: bool = False
     _last_at: float = field(default_factory=time.monotonic)
     _began_at: float = 0.0
@@ -77,8 +79,8 @@ class Checkpointer:
         if self._task is not None and not self._task.done():
             if time.monotonic() - self._began_at > self.config.timeout_s:
                 raise self._too_slow()
-            log.warning("no checkpoint: the one before is still being written", step=state.step)
-            return
+            log.info("no checkpoint yet: the one before is still being written", step=state.step)
+            return  # it stays due
         self._due = False
         self._began_at = self._last_at = time.monotonic()
         about = {**self.about(), "life": self.life}  # as it is now, not when the disk is done
@@ -94,13 +96,14 @@ class Checkpointer:
         )
 
     async def finish(self, state: RunState, reason: Reason) -> None:
-        """The last one of this life. Returns when it is on the disk; where its step has one already, it is that one.
+        """The last one of this life. Returns when it is on the disk; where there is one already that knows as much, it
+        is that one.
 
         Raises:
             EngineError: as `save`.
         """
         await self._written()
-        if self.last is None or self.last.step != state.step:
+        if self.last is None or self.last.step != state.step or len(state.groups) > self._waiting:
             await self.save(state, reason)
             await self._written()
 
@@ -141,6 +144,7 @@ class Checkpointer:
                 "ledger_position": state.loop["ledger"]["position"],
             }
             self.last = await asyncio.to_thread(self._commit, state.step, entry)
+            self._waiting = len(state.groups)
         except OSError as error:
             self._given_up(state.step, error)
         else:

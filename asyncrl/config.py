@@ -114,7 +114,8 @@ class Config(Section):
     stall_timeout_s: PositiveFloat = 1800.0
     """The run ends with a report of who waits for what when nothing has moved for so long."""
     stop_timeout_s: PositiveFloat = 300.0
-    """After Ctrl-C or SIGTERM the step is finished, published and saved; the process ends after so long in any case."""
+    """After Ctrl-C or SIGTERM the step is finished, published and saved; the process ends after so long in any case. So
+    it does when what has stalled does not let itself be ended."""
     deterministic: bool = False
     """The same seed gives the same weights, bit by bit, if rollout functions do the same. On-policy, with the embedded
     sampler, one request at a time and one thread on a CPU: for debugging, not for speed."""

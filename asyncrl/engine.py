@@ -140,6 +140,7 @@ class Engine:
                         helpers.start_soon(self._watch_load, name="asyncrl load monitor")
                         helpers.start_soon(watch_lag, self._lag, name="asyncrl lag monitor")
                         self.scheduler.pump()
+                        self.on_published(self.published)  # an earlier life may have ended before it was evaluated
                         await self._train()
                         helpers.cancel_scope.cancel()
                 finally:

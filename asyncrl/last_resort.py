@@ -48,6 +48,7 @@ class LastResort:
         self._alive = True
         """The loop has turned since the last look."""
         self._said: set[str] = set()
+        """What has been reported, where that is all that may be done."""
         # Ticks, and not what a clock says: while a process is suspended, no time passes for it.
         self._deaf_s = self._ending_s = self._stopping_s = 0.0
 
@@ -78,23 +79,24 @@ class LastResort:
         if self._stopping_s >= self._stop_limit_s:
             self._end(CUT_SHORT, f"the stop has not come to its end within stop_timeout_s={self._stop_limit_s:g} s")
         elif self._deaf_s >= stalled:
-            self._end(STALLED, f"the event loop has not turned for stall_timeout_s={stalled:g} s{self._blocked_by()}")
+            self._end(STALLED, f"the event loop has not turned for stall_timeout_s={stalled:g} s", self._blocked_by())
         elif ending is not None and self._ending_s >= self._stop_limit_s:
-            self._end(STALLED, f"{ending.name} stalled, and did not end within {self._stop_limit_s:g} s of its end")
+            within = f"stop_timeout_s={self._stop_limit_s:g} s"
+            self._end(STALLED, f"{ending.name} stalled, was cancelled, and did not end within {within}")
 
     def _blocked_by(self) -> str:
         frame = sys._current_frames().get(self._loop_thread)
         name = "" if frame is None else name_of(frame)
         return f", blocked by {name}" if name else ""
 
-    def _end(self, code: int, headline: str) -> None:
+    def _end(self, code: int, headline: str, detail: str = "") -> None:
         if headline in self._said:
             return
         self._said.add(headline)
         try:
-            text = self._watchdog.report(headline, self._loop)
+            text = self._watchdog.report(headline + detail, self._loop)
         except Exception as error:  # it looks at what another thread is changing; no report is no reason to go on
-            text = f"{headline} (there is no report: {error!r})"
+            text = f"{headline}{detail} (there is no report: {error!r})"
         if not self._interrupt.owns_process:
             log.error(text)
             return

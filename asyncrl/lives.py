@@ -72,10 +72,17 @@ def open_life(config: Config, rows: Rows, resume: Resume) -> Iterator[Life]:
             if goes_on:
                 folder.begin_life(config, life.number)
                 Checkpoints(folder.root).go_on_from(checkpoint, life.number)
-                rewind(folder.root, life.step if checkpoint is not None else None)
+                rewind(folder.root, *_known(checkpoint))
             yield life
         finally:
             store.close()
+
+
+def _known(checkpoint: Checkpoint | None) -> tuple[int | None, list[int]]:
+    """The last step, and the versions that were evaluated, as the run knows them that goes on from `checkpoint`."""
+    if checkpoint is None:
+        return None, []
+    return checkpoint.step, [evaluated["versions"][0] for evaluated in checkpoint.state()["evaluations"]]
 
 
 def find(config: Config, resume: Resume) -> tuple[Checkpoint | None, Path | None]:

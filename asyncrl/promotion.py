@@ -13,6 +13,7 @@ from asyncrl.config import Config
 from asyncrl.errors import CheckpointError, ConfigError
 from asyncrl.saved_adapter import SETTINGS, read_adapter
 from asyncrl.storage.checkpoints import SNAPSHOT_FILES, Checkpoint, Checkpoints, resolve
+from asyncrl.training.model import quiet_progress
 from asyncrl.training.saved_state import SavedState
 from asyncrl.training.trainer import TorchTrainer
 
@@ -35,11 +36,16 @@ def promote(which: str, out: Path, *, merge: bool = False, base_model: str | Non
     if out.exists():
         raise ConfigError(f"{out} exists already. Name a folder that does not: nothing is overwritten.")
     source = _find(which)
+    with quiet_progress():
+        _write(source, out, merge=merge, base_model=base_model)
+    return source
+
+
+def _write(source: Checkpoint | Path, out: Path, *, merge: bool, base_model: str | None) -> None:
     if isinstance(source, Checkpoint):
         _promote_checkpoint(source, out, merge=merge, base_model=base_model)
     else:
         _promote_exported(source, out, merge=merge, base_model=base_model)
-    return source
 
 
 def _find(which: str) -> Checkpoint | Path:

@@ -119,7 +119,7 @@ def replay(
         trainer = _begin(recording, config, checkpoint, root)
         for record in records:
             if record.recording.settings != recording.settings:
-                trainer = _move(trainer, record.recording, config)
+                trainer = _move(trainer, record.recording, config, root)
             recording = record.recording
             result = take_step(trainer, record, config or config_of(recording))
             steps.append(ReplayedStep(record.step, result.metrics, recorded.get(record.step, {})))
@@ -140,7 +140,7 @@ def take_step(trainer: TorchTrainer, record: Record, config: Config) -> StepResu
     """
     settings = engine_settings(config, None)
     batch = Batch(record.step - 1, settings.max_staleness, settings.on_stale, settings.hard_bound)
-    for chunk in record.chunks():
+    for chunk in [sum(record.chunks(), [])]:
         if sequences := batch.add(chunk):
             trainer.forward_backward(sequences)
     return trainer.optim_step()
@@ -177,28 +177,30 @@ def config_of(recording: Recording) -> Config:
 
 def _begin(recording: Recording, config: Config | None, checkpoint: Checkpoint | None, root: Path) -> TorchTrainer:
     """The trainer as it stood before the first step."""
-    trainer = _make(recording, config)
-    source = (config or config_of(recording)).checkpoint.init_from
+    trainer = _make(recording, config, root, resumed=checkpoint is not None)
     if checkpoint is not None:
         trainer.load_state_with_optimizer(checkpoint.trainer)
-    elif source is not None:
-        trainer.load_state(resolve(source, root.absolute().parent).trainer)
     return trainer
 
 
-def _move(trainer: TorchTrainer, recording: Recording, config: Config | None) -> TorchTrainer:
+def _move(trainer: TorchTrainer, recording: Recording, config: Config | None, root: Path) -> TorchTrainer:
     """A trainer of another life's settings that goes on where `trainer` stands: what a resume does."""
     with TemporaryDirectory(prefix="asyncrl-replay-") as folder:
         trainer.save_state(Path(folder) / "trainer")
         torch.set_num_threads(recording.settings["torch_threads"])
-        moved = _make(recording, config)
+        moved = _make(recording, config, root, resumed=True)
         moved.load_state_with_optimizer(Path(folder) / "trainer")
     return moved
 
 
-def _make(recording: Recording, config: Config | None) -> TorchTrainer:
-    settings = recording.settings
-    return TorchTrainer(config or config_of(recording), total_steps=settings["total_steps"], weights_format="tensors")
+def _make(recording: Recording, config: Config | None, root: Path, *, resumed: bool) -> TorchTrainer:
+    """A trainer with the weights that the run began from, where they are needed."""
+    used = config or config_of(recording)
+    trainer = TorchTrainer(used, total_steps=recording.settings["total_steps"], weights_format="tensors")
+    first = used.checkpoint.init_from
+    if first is not None and (not resumed or used.kl_beta):  # a KL refers to them all along
+        trainer.load_state(resolve(first, root.absolute().parent).trainer)
+    return trainer
 
 
 @contextmanager

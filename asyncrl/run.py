@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -160,13 +161,22 @@ async def evaluate_async(
     facts = await asyncio.to_thread(read_facts, config.model, config.max_seq_len)
     logs = Path(config.run_dir or ".") / "evaluation"
     setup = RolloutSetup(config, logs, lambda: load_tokenizer(config.model))
-    async with open_sampler(config, facts, logs) as sampler, open_rollout(rollout, setup) as function:
+    ended: Counter[str] = Counter()
+    watchdog = Watchdog(config.stall_timeout_s)
+    async with AsyncExitStack() as stack:
+        stack.enter_context(LastResort(watchdog, interrupt or Interrupt(), config.stop_timeout_s))
+        stack.enter_context(watchdog.phase("evaluating", marks=lambda: ended["rollouts"]))
+        sampler = await stack.enter_async_context(open_sampler(config, facts, logs))
+        function = await stack.enter_async_context(open_rollout(rollout, setup))
         if adapter is not None:
             await sampler.publish(adapter_weights(adapter, sampler))
-        async with open_policy(config, facts, sampler) as context:
-            evaluator = make_evaluator(config, facts, function, context)
-            room = anyio.Semaphore(concurrency_alone(config))
-            return await evaluator.run(rows, samples or config.evaluation.samples, room=room)
+        context = await stack.enter_async_context(open_policy(config, facts, sampler))
+        return await make_evaluator(config, facts, function, context).run(
+            rows,
+            samples or config.evaluation.samples,
+            room=anyio.Semaphore(concurrency_alone(config)),
+            on_end=lambda: ended.update(rollouts=1),
+        )
 
 
 # Parts

@@ -115,12 +115,12 @@ def threads_report() -> list[str]:
 
 
 def busy_threads() -> list[str]:
-    """What asyncrl's own threads are at, one line each."""
+    """What those of asyncrl's own threads are at that have something to do, one line each."""
     frames = sys._current_frames()
     lines = []
     for thread in threading.enumerate():
         near = [p for p in _stack(frames.get(thread.ident or 0)) if distance(p.file) < STDLIB_DISTANCE]
-        if thread.name.startswith("asyncrl") and thread is not threading.current_thread() and near:
+        if thread.name.startswith("asyncrl") and len(near) > 1:  # one: where it waits for work
             lines.append(f"{thread.name}: " + " > ".join(place.short for place in reversed(near[:3])))
     return lines
 
@@ -131,8 +131,8 @@ def _rank(names: list[str]) -> tuple[bool, int]:
 
 
 def _stack(frame: FrameType | None) -> Iterator[Place]:
-    """Innermost first."""
-    while frame is not None:
+    """Innermost first, without what starts a thread."""
+    while frame is not None and frame.f_code.co_name != "_bootstrap_inner":
         yield Place.of(frame)
         frame = frame.f_back
 

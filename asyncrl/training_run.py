@@ -59,7 +59,6 @@ class TrainingRun:
     """`ThreadedTrainer`: the torch side is run.py's to see."""
     total_steps: int
     account: Account = field(default_factory=Account)
-    last_record: Record | None = None
     recorder: SampleRecorder | None = None
 
     async def run(self, rollout: Callable[..., Any], rows: Rows, measure: EvaluationFn | None) -> TrainResult:
@@ -145,13 +144,15 @@ class TrainingRun:
 
     async def _load(self, trainer: Trainer) -> None:
         """Bring the trainer to where the run, or another one, had come."""
-        if self.life.checkpoint is not None:
-            step = await trainer.load_state_with_optimizer(self.life.checkpoint.trainer)
-            assert step == self.life.step, f"{self.life.checkpoint.folder} holds the weights of step {step}"
-        elif self.config.checkpoint.init_from is not None:
-            source = resolve(self.config.checkpoint.init_from, self.life.folder.root.parent)
+        resumed, first = self.life.checkpoint, self.config.checkpoint.init_from
+        if first is not None and (resumed is None or self.config.kl_beta):  # a KL refers to them all along
+            source = resolve(first, self.life.folder.root.parent)
             await trainer.load_state(source.trainer)
-            self.live.note(f"weights: those of {source.folder}; the optimizer starts anew")
+            if resumed is None:
+                self.live.note(f"weights: those of {source.folder}; the optimizer starts anew")
+        if resumed is not None:
+            step = await trainer.load_state_with_optimizer(resumed.trainer)
+            assert step == self.life.step, f"{resumed.folder} holds the weights of step {step}"
 
     def _engine(
         self,
@@ -171,7 +172,6 @@ class TrainingRun:
             record |= as_metrics(context.totals)
             context.totals.clear()
             self.account.add(record)
-            self.last_record = record
             sinks.write(record)
             rollouts.write(int(record["step"]), batch.trained)
             if recorder is not None:
@@ -359,8 +359,8 @@ class TrainingRun:
     def conclude(self, result: TrainResult) -> None:
         """Write the summary, and say how it went and where the time went."""
         self.life.folder.write_summary(result.summary())
-        if self.records:
-            self.live.note(where_time_went(self.records))
+        if self.account.steps:
+            self.live.note(where_time_went(self.account))
         for remark in (result.why_nothing_was_trained(), result.what_was_better(), result.how_to_go_on()):
             if remark:
                 self.live.note(remark)
@@ -368,8 +368,8 @@ class TrainingRun:
 
     def conclude_failure(self, error: AsyncRLError) -> None:
         """Leave a summary of a run that failed after it had trained something."""
-        if self.records:
+        if self.account.steps:
             with suppress(OSError):  # a full disk is reported already
                 self.life.folder.write_summary(
-                    {"steps": self.records[-1]["step"], "error": f"{type(error).__name__}: {error}"}
+                    {"steps": self.life.step + self.account.steps, "error": f"{type(error).__name__}: {error}"}
                 )

@@ -26,8 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.durability.agent import make_model
 from tests.durability.harness import ASYNCHRONOUS, VLLM, Nursery, Span, Trial, settings_of
 

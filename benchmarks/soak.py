@@ -4,8 +4,8 @@ nothing.
     python benchmarks/soak.py --minutes 60 [--every 10] [--out FOLDER]
 
 Real: scheduler, engine, publication, evaluations, chats with a tool, the ledger, recorded samples, checkpoints,
-metrics, logs and the watchdog, all on a real disk in real time. Every tenth group is an agent's, some rollouts fail. Fake: who
-draws the tokens, and who trains on them.
+metrics, logs and the watchdog, all on a real disk in real time. Every tenth group is an agent's, and some rollouts
+fail. Fake: who draws the tokens, and who trains on them.
 
 Each line of the table is a sample of the process; then comes a verdict for each column. What counts as growth is what
 is left between the second quarter of the time and the last: the first is warm-up. Ends with 1 when something grew, or
@@ -116,6 +116,7 @@ class Sample:
     files: float
     threads: float
     tasks: float
+    """Those of rollouts are left out."""
     lag_ms: float
     """The longest that the event loop stood still since the sample before."""
     rollouts_per_s: float
@@ -136,11 +137,15 @@ TOLERANCES = {
     "rss_mb": Tolerance(0.02, 8),
     "blocks_k": Tolerance(0.02, 20),
     "files": Tolerance(0, 2),
-    "threads": Tolerance(0, 2),
-    "tasks": Tolerance(0.25, 8),
-    "lag_ms": Tolerance(0.5, 50),
-    "rollouts_per_s": Tolerance(0.15, 0, falls=True),
+    "threads": Tolerance(0, 16),  # one for each tool that ran at once with others
+    "tasks": Tolerance(0, 16),
+    "lag_ms": Tolerance(0.5, 100),
+    "rollouts_per_s": Tolerance(0.3, 0, falls=True),
 }
+
+
+def is_rollout(task: asyncio.Task[Any]) -> bool:
+    return getattr(task.get_coro(), "__qualname__", "").startswith("Scheduler._run")
 
 
 def resident_bytes() -> int:
@@ -187,7 +192,7 @@ class Meter:
                     blocks_k=sys.getallocatedblocks() / 1e3,
                     files=len(os.listdir("/proc/self/fd")),
                     threads=threading.active_count(),
-                    tasks=len(asyncio.all_tasks()),
+                    tasks=sum(not is_rollout(task) for task in asyncio.all_tasks()),
                     lag_ms=self._lag_s * 1e3,
                     rollouts_per_s=(self.rollouts - seen) / (now - before),
                     ledger_mb=sum(file.stat().st_size for file in self._ledger.parent.glob("ledger.db*")) / 1e6,

@@ -28,6 +28,7 @@ TORCH_SIDE = (
     "demo",
     "recipes/learner.py",
     "replay.py",
+    "promotion.py",
 )
 LAZY_TORCH = ("run.py", "ends.py", "testing/models.py", "installation.py", "model_facts.py")
 """Import torch or transformers inside functions: whoever loads these files does not pay for it."""

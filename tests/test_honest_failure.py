@@ -36,8 +36,9 @@ from asyncrl.errors import (
 )
 from asyncrl.metrics.jsonl import JsonlFile
 from asyncrl.sampling.embedded.batch import DecodeBatch
-from asyncrl.storage import ledger_file
 from asyncrl.storage.folder import config_toml
+from asyncrl.storage.ledger import Entry
+from asyncrl.storage.ledger_file import LedgerStore
 from asyncrl.training import trainer as trainer_module
 from asyncrl.training.thread import ThreadedTrainer
 from asyncrl.types import Weights
@@ -393,14 +394,14 @@ class TestTheEngineBreaks:
         assert saved_step(config.run_dir, config) >= 1
 
     def test_a_disk_too_full_for_the_ledger(self, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-        honest = ledger_file._connect_to_write
+        honest = LedgerStore._write
 
-        def full(path: Path) -> sqlite3.Connection:
-            connection = honest(path)
-            connection.execute("PRAGMA max_page_count = 6")  # of 4 kB
-            return connection
+        def full(self: LedgerStore, entries: list[Entry], *, last: bool) -> None:
+            if any(step == 2 for *_, step, rewards, reason in entries):
+                raise sqlite3.OperationalError("database or disk is full")
+            honest(self, entries, last=last)
 
-        monkeypatch.setattr(ledger_file, "_connect_to_write", full)
+        monkeypatch.setattr(LedgerStore, "_write", full)
         config = make_config()
         assert_says(failure(config), EngineError, f"{config.run_dir}/ledger.db cannot be written", "disk is full")
         assert config.run_dir is not None

@@ -25,7 +25,7 @@ from tests.conftest import SMALL
 ROWS = [{"n": n % 10} for n in range(80)]
 GIVEN_UP = 3
 """The step that fails once."""
-CRASH_AT, LAST = 7, 11
+CRASH_AT, LAST = 5, 9
 CHECKPOINTS = {"interval": 2, "keep_last": 99, "final": False}
 
 
@@ -52,7 +52,7 @@ class Task:
         ids = [65 + prompt["n"], 65]
         first = await prompt.policy.generate(ids)
         until = self.finished + 24
-        for _ in range(200):
+        for _ in range(30):
             if self.finished >= until:
                 break
             await asyncio.sleep(0.01)
@@ -78,6 +78,7 @@ def run(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.Te
         "loss": {"kl_beta": 0.01},
         "lora": {"rank": 4 if request.param == "lora" else 0},
         "optimizer": {"learning_rate": 3e-3, "schedule": "linear", "warmup_steps": 2},
+        "data": {"epochs": 3},
         "max_steps": LAST,
         "checkpoint": CHECKPOINTS,
     }
@@ -126,10 +127,10 @@ class TestAReplay:
         ]
 
     def test_from_a_checkpoint(self, run: Path) -> None:
-        found = replay(run, start="step-000004", stop=9)
+        found = replay(run, start="step-000004", stop=LAST)
         assert found.differences() == []
-        assert [step.step for step in found.steps] == [5, 6, 7, 8, 9]
-        assert [check.step for check in found.checks] == [6, 8]
+        assert [step.step for step in found.steps] == list(range(5, LAST + 1))
+        assert [check.step for check in found.checks] == [6, 8, LAST]
 
     def test_the_number_of_threads_is_that_of_the_run(self, run: Path) -> None:
         before = torch.get_num_threads()
@@ -218,6 +219,15 @@ class TestTheCommand:
         (row, *_) = (record.chunks()[0] for record in read_samples(run / "samples") if record.step == GIVEN_UP)
         assert f" {row[0].row} " in said
         assert main(["replay", str(run), "--step", "99"]) == 2
+
+
+def test_a_run_that_began_from_another_ones_weights(run: Path, tmp_path: Path) -> None:
+    config = config_of(read_samples(run / "samples")[0].recording)
+    begun = {"run_dir": tmp_path / "run", "max_steps": 2, "checkpoint": {"init_from": f"{run}:step-000002"}}
+    asyncrl.train(Task().rollout, dataset=ROWS, config=Config(**config.model_dump() | begun), view="quiet")
+    found = replay(tmp_path / "run")
+    assert found.differences() == []
+    assert [check.kept.name for check in found.checks] == ["step-000002", "model"]
 
 
 def test_nothing_is_recorded_where_it_is_switched_off(model: Path, tmp_path: Path) -> None:

@@ -121,3 +121,13 @@ def test_a_command_that_only_prints_ends_quietly_without_a_reader() -> None:
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (NO_READER, "")
+
+
+def test_the_command_does_not_wait_for_threads_that_never_end() -> None:
+    code = (
+        "import threading\nfrom asyncrl.cli import main\nmain.LEAVE_S = 0.1\nsys.argv = ['asyncrl', 'version']\n"
+        "threading.Thread(target=threading.Event().wait, name='of the rollout function').start()\nmain.run()\n"
+    )
+    done = script(code, capture_output=True)
+    assert done.returncode == 0
+    assert "does not wait for its threads any longer: of the rollout function" in done.stderr

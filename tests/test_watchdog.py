@@ -256,7 +256,12 @@ if __name__ == "__main__":
             STALLED,
             r"has not turned for stall_timeout_s=0\.5 s, blocked by busy \(.*script.py:\d+\)",
         ),
-        ("stubborn", (0.3, 0.5), STALLED, r"training stalled, and did not end within 0\.5 s"),
+        (
+            "stubborn",
+            (0.3, 0.5),
+            STALLED,
+            r"training stalled, was cancelled, and did not end within stop_timeout_s=0\.5 s",
+        ),
         ("never_stops", (60.0, 0.5), CUT_SHORT, r"the stop has not come to its end within stop_timeout_s=0\.5 s"),
     ],
 )

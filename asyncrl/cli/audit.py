@@ -135,7 +135,7 @@ def _show_row(root: Path, row: int, console: Console) -> int:
         return CLEAN
     table = Table(box=None, pad_edge=False, header_style="bright_black")
     for name in ("time", "event", "life", "epoch", "group", "state", ""):
-        table.add_column(name, no_wrap=bool(name))
+        table.add_column(name, no_wrap=bool(name), overflow="fold")
     for event in events:
         place = [str(number) for number in (event.id, event.life, event.epoch, event.sequence)]
         style = "bright_black" if event.undone else None

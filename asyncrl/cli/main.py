@@ -199,12 +199,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    from asyncrl.cli.recipes import recipe_of, run_recipe
+    from asyncrl.cli.recipes import recipe_run
     from asyncrl.cli.train import resume
 
-    found = recipe_of(arguments.target)
-    if found is not None:
-        return run_recipe(found.recipe, found.config, [*arguments.rest, *found.settings], arguments.target)
+    if (found := recipe_run(arguments.target)) is not None:
+        return found.resume(arguments.rest)
     return resume(arguments.target, arguments.rest)
 
 

@@ -9,11 +9,8 @@ from asyncrl.storage.checkpoints import Checkpoint
 
 def promote_run(which: str, out: str, *, merge: bool, base_model: str | None) -> int:
     """Write the model, and return the exit code."""
-    from transformers.utils import logging as transformers_logging
-
     from asyncrl.promotion import promote
 
-    transformers_logging.disable_progress_bar()
     source = promote(which, Path(out), merge=merge, base_model=base_model)
     found = source.folder if isinstance(source, Checkpoint) else source
     kind = "an adapter" if (Path(out) / "adapter_config.json").is_file() else "a model"

@@ -3,65 +3,54 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from types import ModuleType
 
 from asyncrl.cli.config import read_config
 from asyncrl.errors import ConfigError
 from asyncrl.recipes import dpo_loop, orpo_loop, sft_loop
 from asyncrl.recipes.settings import SupervisedConfig
-from asyncrl.storage.checkpoints import resolve
 
-Config = TypeVar("Config", bound=SupervisedConfig)
-
-
-@dataclass(frozen=True, slots=True)
-class RecipeRun:
-    """A run folder that a recipe made."""
-
-    recipe: str
-    folder: Path
-
-    @property
-    def config(self) -> Path:
-        return self.folder / "config.toml"
-
-    @property
-    def settings(self) -> list[str]:
-        """So that it goes on where it is now."""
-        return ["--log_path", str(self.folder)]
+LOOPS: Mapping[str, ModuleType] = {"sft": sft_loop, "dpo": dpo_loop, "orpo": orpo_loop}
 
 
 def run_recipe(name: str, config_file: str | Path, overrides: Sequence[str], resume: str | None = None) -> int:
     """Train, and return the exit code. What can be wrong with files is said before torch is loaded."""
-    again = resume or False
-    match name:
-        case "sft":
-            sft_loop.main(_checked(read_config(sft_loop.Config, config_file, overrides)), resume=again)
-        case "dpo":
-            dpo_loop.main(_checked(read_config(dpo_loop.Config, config_file, overrides)), resume=again)
-        case "orpo":
-            orpo_loop.main(_checked(read_config(orpo_loop.Config, config_file, overrides)), resume=again)
+    loop = LOOPS[name]
+    loop.main(_checked(read_config(loop.Config, config_file, overrides)), resume=resume or False)
     return 0
 
 
-def recipe_of(target: str) -> RecipeRun | None:
-    """The recipe behind `RUN[:WHICH]`. None: it is no run of one.
+@dataclass(frozen=True, slots=True)
+class RecipeRun:
+    """A run folder that a recipe made, and what of it is meant."""
 
-    Raises:
-        CheckpointError: it is, and has no such checkpoint to go on from.
-    """
-    run = Path(target if Path(target).is_dir() else target.rpartition(":")[0])
-    settings = run / "config.toml"
-    if not settings.is_file() or "base_model" not in tomllib.loads(settings.read_text(encoding="utf-8")):
+    recipe: str
+    folder: Path
+    which: str
+    """Name of a checkpoint, or `latest`."""
+
+    def resume(self, overrides: Sequence[str]) -> int:
+        """Go on with it, where it is now and by the settings in it. The exit code."""
+        here = [*overrides, "--log_path", str(self.folder)]
+        return run_recipe(self.recipe, self.folder / "config.toml", here, self.which)
+
+
+def recipe_run(target: str) -> RecipeRun | None:
+    """What `RUN[:WHICH]` means. None: it is no run of a recipe."""
+    run, colon, name = (target, "", "") if Path(target).is_dir() else target.rpartition(":")
+    path = Path(run) / "config.toml"
+    if not path.is_file():
         return None
-    checkpoint = resolve(target)
-    return RecipeRun(checkpoint.state()["recipe"], checkpoint.run)
+    settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    # A run folder's settings are all there, and each recipe has one that no other has.
+    recipes = [name for name, loop in LOOPS.items() if settings.keys() <= loop.Config.model_fields.keys()]
+    return RecipeRun(recipes[0], Path(run), name if colon else "latest") if recipes else None
 
 
-def _checked(config: Config) -> Config:
+def _checked(config: SupervisedConfig) -> SupervisedConfig:
     """The same, if its datasets are there."""
     if config.dataset is None:
         raise ConfigError('dataset: this setting is needed. Name a JSONL file: dataset = "train.jsonl".')

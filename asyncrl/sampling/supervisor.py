@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 import anyio
@@ -160,16 +159,21 @@ class Supervisor:
             )
 
     async def _bound_outages(self) -> None:
+        """Return when one lasts too long."""
         while True:
             await self._fleet.none_up()
             began = _now()
-            with anyio.move_on_after(self._limits.outage_s), suppress(SamplerError):  # it has been given up meanwhile
-                await self._fleet.some_up()
-                continue
-            self._give_up(
-                f"No vLLM replica has come back within {_now() - began:.0f} s: sampler.outage_timeout_s, and as long "
-                "as the first start took. Mend what ended them; raise the limit if that takes longer."
-            )
+            with anyio.move_on_after(self._limits.outage_s) as waited:
+                try:
+                    await self._fleet.some_up()
+                except SamplerError:
+                    return  # given up already
+            if waited.cancelled_caught:
+                break
+        self._give_up(
+            f"No vLLM replica has come back within {_now() - began:.0f} s: sampler.outage_timeout_s, and as long as "
+            "the first start took. Mend what ended them; raise the limit if that takes longer."
+        )
 
     def _give_up(self, why: str) -> None:
         logs = [replica.cause for replica in self._fleet.replicas if "\n" in replica.cause]

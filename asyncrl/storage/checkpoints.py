@@ -136,7 +136,11 @@ class Checkpoints:
         for path in unfinished.rglob("*"):
             sync(path)
         sync(unfinished)
+        replaced = folder.with_name(f".{folder.name}.removed")
+        if folder.exists():  # of the same step, with fewer finished groups
+            folder.rename(replaced)
         unfinished.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
         sync(self.folder)
         with open(self.listing, "a", encoding="utf-8", opener=private) as listing:
             listing.write(encode({"name": folder.name, "step": step, **entry, "time": round(time.time(), 3)}) + "\n")

@@ -16,6 +16,9 @@ from typing import Any
 from asyncrl.metrics.jsonl import JsonlFile
 from asyncrl.types import EvaluatedRun, Group, RolloutRun, RolloutSample
 
+MOST_WAITING = 64
+"""Steps that may wait for the disk or the decoder; what comes while so many do is left out, for it is but a sample."""
+
 Decode = Callable[[list[int]], str]
 """Token ids to text, special tokens included. Called from the log's thread: give it a tokenizer that no
 other thread uses."""
@@ -56,7 +59,7 @@ class RolloutLog:
         for done in [write for write in self._writes if write.done()]:
             self._writes.remove(done)
             done.result()
-        if lines:
+        if lines and len(self._writes) < MOST_WAITING:
             self._writes.append(self._thread.submit(self._write, lines))
 
     def _write(self, lines: list[Callable[[], dict[str, Any]]]) -> None:

@@ -28,8 +28,10 @@ class Facts:
     shapes: str
     """Digest of the names and shapes of the model's weights, without an adapter's."""
     base: str
-    """Digest of some values of each of them, as they were before training. An adapter says nothing without its base,
-    and a KL refers to it."""
+    """Digest of some values of each of them, as `model` has them. An adapter says nothing without its base."""
+    reference: str | None
+    """Digest of what a KL refers to, the weights of step 0: an adapter's if it began with some, else the model's. None:
+    there is no KL."""
     lora: dict[str, Any] | None
     """rank, alpha and targets of the adapter that is trained. None: the full model is."""
     trained: str
@@ -50,7 +52,8 @@ class Facts:
             model=config.model,
             architecture=type(policy.causal_lm).__name__,
             shapes=_digest_of_shapes(base),
-            base=_digest_of_values(base.values()),
+            base=digest_of_values(base.values()),
+            reference=None,
             lora=adapter if policy.adapter is not None else None,
             trained=_digest_of_shapes({name: weight for name, weight in named.items() if weight.requires_grad}),
             optimizer=f"AdamW in {config.optimizer.state_bits} bits",
@@ -70,9 +73,14 @@ class Facts:
                 f"it is of {_trained(self.lora)}, and this run trains {_trained(here.lora)}. Set "
                 f"{_settings(self.lora)}, or name a checkpoint of the same kind."
             )
-        # Of a full model nothing stays but what a KL refers to, and weights alone are a new start.
+        # Of a full model none of its first weights stay, and weights alone are a new start.
         if self.base != here.base and (optimizer or self.lora is not None):
             return self._of_another_model(here, "the shapes are the same, but not the values that training began from")
+        if optimizer and None not in (self.reference, here.reference) and self.reference != here.reference:
+            return (
+                "the weights that it began from, which its KL refers to, are not those that this run begins from. Set "
+                "lora.warm_start or checkpoint.init_from as it was."
+            )
         if optimizer and self.optimizer != here.optimizer:
             return (
                 f"its optimizer is {self.optimizer}, and that of this run {here.optimizer}. Set optimizer.state_bits "
@@ -113,7 +121,7 @@ def _digest_of_shapes(named: Mapping[str, Tensor]) -> str:
     return _digest(json.dumps(sorted((name, list(weight.shape)) for name, weight in named.items())).encode())
 
 
-def _digest_of_values(weights: Iterable[Tensor]) -> str:
+def digest_of_values(weights: Iterable[Tensor]) -> str:
     """Of values spread over each tensor. In bfloat16: a frozen base may be kept in that, or in float32."""
     parts = []
     for weight in weights:

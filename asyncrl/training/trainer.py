@@ -49,7 +49,7 @@ from asyncrl.training.diagnosis import (
     step_not_finite,
 )
 from asyncrl.training.export import prune, snapshot, write_folder, write_model
-from asyncrl.training.facts import Facts
+from asyncrl.training.facts import Facts, digest_of_values
 from asyncrl.training.logprobs import TokenLogprobs
 from asyncrl.training.model import PolicyModel, load_policy
 from asyncrl.training.optimizer import (
@@ -62,7 +62,7 @@ from asyncrl.training.optimizer import (
 )
 from asyncrl.training.plan import Cut, plan
 from asyncrl.training.randomness import randomness, restore_randomness
-from asyncrl.training.reference import make_reference
+from asyncrl.training.reference import Reference, make_reference
 from asyncrl.training.saved_state import SavedState
 from asyncrl.types import Probe, StepResult, TrainSequence, Weights
 
@@ -106,13 +106,14 @@ class TorchTrainer:
                 "reference model would be loaded for nothing. Give the function that parameter, or leave kl_beta out."
             )
         self._policy = load_policy(config)
-        referenced = config.kl_beta > 0 if reference is None else reference
-        self._reference = make_reference(self._policy, config.trainer) if referenced else None
-        self._facts = Facts.of(self._policy, config)
         self._named = {
             name: weight for name, weight in self._policy.causal_lm.named_parameters() if weight.requires_grad
         }
         self._parameters = list(self._named.values())
+        self._facts = Facts.of(self._policy, config)
+        self._reference: Reference | None = None
+        if config.kl_beta > 0 if reference is None else reference:
+            self._refer_to_this()
         self._optimizer = make_optimizer(self._parameters, config.optimizer)
         self._states = StateWriter(config.checkpoint.timeout_s)
         self._step = 0
@@ -281,9 +282,9 @@ class TorchTrainer:
         self._optimizer.state.clear()
         self._step = 0
         if self._reference is not None:
-            self._reference = None  # a copy: two at once may be too many
+            self._reference = None  # a copy of a model: two at once may be too many
             self._policy = replace(self._policy, adapter=self._policy.adapter and self._policy.adapter.starting_here())
-            self._reference = make_reference(self._policy, self._config.trainer)
+            self._refer_to_this()
 
     def differences(self, folder: Path) -> list[str]:
         """Names of the weights and optimizer states that are not, bit by bit, those that `save_state` wrote there.
@@ -291,6 +292,14 @@ class TorchTrainer:
         Raises `CheckpointError` for what `save_state` did not write.
         """
         return SavedState.open(folder).differences(self._state().tensors)
+
+    def _refer_to_this(self) -> None:
+        """The policy as it is now is what a KL refers to."""
+        self._reference = make_reference(self._policy, self._config.trainer)
+        adapter = self._policy.adapter
+        first = self._parameters if adapter is None else adapter.start
+        digest = self._facts.base if first is None else digest_of_values(first)
+        self._facts = replace(self._facts, reference=digest)
 
     def _state(self) -> State:
         self._require_whole_step()

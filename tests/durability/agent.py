@@ -14,7 +14,7 @@ from asyncrl.testing.models import tiny_model, tiny_tokenizer
 CALLS = tuple(f'<tool_call>\n{{"name": "roll", "arguments": {{"sides": {n}}}}}\n</tool_call>' for n in range(2, 120))
 """Each is one token, and every third token of a random model is one of them: so it does call tools."""
 
-ROWS = [{"question": f"what do {n} dice say?"} for n in range(18)]
+ROWS = [{"question": f"what do {n} dice say?"} for n in range(15)]
 HELD_OUT = ROWS[:3]
 
 SETTINGS: dict[str, Any] = {
@@ -61,7 +61,7 @@ async def rollout(prompt: asyncrl.Prompt) -> asyncrl.RolloutRun:
         return str(random.Random(f"{prompt.group_seed}/{sides}").randrange(sides))
 
     async def ask(name: str) -> asyncrl.RolloutSample:
-        chat = prompt.policy.chat(f"{name}: {prompt['question']}", tools=[roll], max_turns=3)
+        chat = prompt.policy.chat(f"{name}: {prompt['question']}", tools=[roll], max_turns=2)
         await _some_time()
         await chat.run()
         found = chat.sample(reward=0.0)

@@ -75,12 +75,13 @@ class Instant:
 
     after_s: float | None = None
     before_touch: int | None = None
+    touching: str = ""
     whole_tree: bool = False
     """Everything in its session is killed, and not the process alone."""
 
     def __str__(self) -> str:
         if self.before_touch is not None:
-            return f"touch {self.before_touch}"
+            return f"touch {self.before_touch}{f' of {self.touching}' if self.touching else ''}"
         return f"{self.after_s:.2f} s{', tree' if self.whole_tree else ''}"
 
 
@@ -203,7 +204,7 @@ def _coverage(run: Path, settings: dict[str, Any]) -> Iterator[str]:
         ends = Counter((e.epoch, e.row) for e in ledger.events() if e.state in ENDS and not e.undone)
     draws = {(epoch, row) for epoch in range(settings["data"]["epochs"]) for row in range(len(ROWS))}
     if ends != Counter(draws):
-        yield f"draws without an end: {sorted(draws - ends.keys())}; with several: {sorted((ends - Counter(draws)))}"
+        yield f"draws without an end: {sorted(draws - ends.keys())}; with several: {sorted(ends - Counter(draws))}"
 
 
 def _differences(run: Path, reference: Path) -> Iterator[str]:

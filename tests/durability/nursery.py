@@ -1,8 +1,8 @@
 """Forks the processes that are killed: it has imported everything, which takes longer than a whole run does.
 
-    consumes    one `Order` per line on stdin
-    produces    one `Outcome` per line on stdout
-    waits for   the process to end, or the instant at which it is killed
+consumes    one `Order` per line on stdin
+produces    one `Outcome` per line on stdout
+waits for   the process to end, or the instant at which it is killed
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -17,7 +18,6 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 MARK = "ASYNCRL_TEST_VICTIM"
@@ -46,7 +46,9 @@ class Order:
     after_s: float | None = None
     """Kill it so long after its birth. None: never."""
     before_touch: int | None = None
-    """It kills itself right before it changes the files of its checkpoints for the n-th time. None: never."""
+    """It kills itself right before it touches the files of its checkpoints for the n-th time. None: never."""
+    touching: str = ""
+    """Counts only touches that contain this regular expression: `<event> <path inside the run folder>`."""
     whole_tree: bool = False
     """Everything in its session is killed, and not the process alone."""
     limit_s: float = 300.0
@@ -110,7 +112,7 @@ def _be_victim(order: Order, tell: int) -> None:
         for stream in (1, 2):
             os.dup2(log, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        touches = _Touches(Path(order.settings["run_dir"]), order.before_touch)
+        touches = _Touches(order)
         _train(order.settings)
         os.write(tell, str(touches.count).encode())
         code = 0
@@ -133,17 +135,18 @@ def _train(settings: dict[str, Any]) -> None:
 class _Touches:
     """Counts what this process does to the files of its checkpoints: every step of a commit is one."""
 
-    def __init__(self, run: Path, fatal: int | None) -> None:
+    def __init__(self, order: Order) -> None:
         self.count = 0
-        self._run = os.fspath(run)
-        self._fatal = fatal
+        self._run = order.settings["run_dir"] + "/"
+        self._fatal = order.before_touch
+        self._touching = re.compile(order.touching)
         sys.addaudithook(self._hear)
         os.fsync = self._before_fsync(os.fsync)
 
     def _before_fsync(self, fsync: Callable[[int], None]) -> Callable[[int], None]:
         def counted(file: Any) -> None:
             number = file if isinstance(file, int) else file.fileno()
-            self._touch(os.readlink(f"/proc/self/fd/{number}"))
+            self._touch("os.fsync", os.readlink(f"/proc/self/fd/{number}"))
             fsync(file)
 
         return counted
@@ -156,10 +159,11 @@ class _Touches:
         place = arguments[0]
         if event in ("os.remove", "os.rmdir") and arguments[1] != -1:  # beside an open folder, as `rmtree` does it
             place = os.path.join(os.readlink(f"/proc/self/fd/{arguments[1]}"), place)
-        self._touch(os.fsdecode(place) if isinstance(place, str | bytes | os.PathLike) else "")
+        self._touch(event, os.fsdecode(place) if isinstance(place, str | bytes | os.PathLike) else "")
 
-    def _touch(self, place: str) -> None:
-        if not place.startswith(f"{self._run}/checkpoints"):
+    def _touch(self, event: str, path: str) -> None:
+        place = path.removeprefix(self._run)
+        if not place.startswith("checkpoints") or not self._touching.search(f"{event} {place}"):
             return
         self.count += 1
         if self.count == self._fatal:

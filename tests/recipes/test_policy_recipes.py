@@ -19,9 +19,9 @@ from asyncrl import config as engine_config
 from asyncrl.agents.policy import Policy, PolicyContext
 from asyncrl.assemble import assemble
 from asyncrl.config import WandbConfig
-from asyncrl.errors import ConfigError, RecoverableRolloutError
+from asyncrl.errors import CheckpointError, ConfigError, RecoverableRolloutError
 from asyncrl.recipes import async_rl_loop, rl_loop
-from asyncrl.recipes.mapping import NO_MEANING, REFUSED, SETTINGS, mapping_table
+from asyncrl.recipes.mapping import ALSO, NO_MEANING, SETTINGS, mapping_table
 from asyncrl.rollout.batch import loss_versions
 from asyncrl.testing.clock import run_virtual
 from asyncrl.testing.fakes import CountingTrainer, ScriptedSampler
@@ -56,6 +56,7 @@ HOSTED_DEFAULTS = {
     "eps_clip": 0.2,
     "anchor_logp": "old_policy",
     "dcp_save_interval": 0,
+    "dcp_timeout": 2700,
     "weight_sync_timeout": 600,
 }
 
@@ -97,7 +98,10 @@ OTHER_VALUES: dict[str, Any] = {
     "wandb.entity": "us",
     "wandb.project": "this",
     "wandb.run_name": "first",
+    "dcp_save_interval": 5,
+    "dcp_timeout": 60.0,
     "save_final_checkpoint": False,
+    "init_from_checkpoint": "job:step-000003",
     "output_model_id": "better",
 }
 """A value for each mapped field that is not its default; `warm_start_from_adapter` needs an adapter on disk."""
@@ -116,13 +120,13 @@ def at(settings: Any, path: str) -> Any:
 class TestTheMapping:
     def test_every_field_goes_somewhere(self) -> None:
         fields = set(async_rl_loop.Config.model_fields) | set(rl_loop.Config.model_fields)
-        mapped = {field.partition(".")[0] for field in SETTINGS} | REFUSED.keys() | {"engine"}
+        mapped = {field.partition(".")[0] for field in SETTINGS} | {"engine"}
         assert fields == mapped
-        assert fields == {*HOSTED.split(), "weight_sync_interval", "engine"}
+        assert fields == {*HOSTED.split(), "weight_sync_interval", "dcp_timeout", "engine"}
         assert not fields & NO_MEANING.keys()
 
     def test_every_setting_exists(self) -> None:
-        assert set(SETTINGS.values()) <= set(engine_config._paths(engine_config.Config))
+        assert {*SETTINGS.values(), *ALSO.values()} <= set(engine_config._paths(engine_config.Config))
         assert len(set(SETTINGS.values())) == len(SETTINGS)
         assert set(OTHER_VALUES) == SETTINGS.keys() - {"warm_start_from_adapter"}
 
@@ -140,6 +144,13 @@ class TestTheMapping:
         assert (engine.kl_beta, engine.normalization) == (0.001, "num_loss_tokens")
         assert (engine.staleness.policy, engine.staleness.max_staleness) == ("wait", 0)
         assert (engine.prompt_groups_per_step, engine.rollout.retries, engine.trackers) == (1, 0, ())
+
+    def test_the_last_checkpoint_and_the_model_go_together_unless_they_are_told_apart(self) -> None:
+        for kept in (True, False):
+            engine = recipe(save_final_checkpoint=kept).engine_config()
+            assert (engine.checkpoint.final, engine.save_model) == (kept, kept)
+        apart = recipe(save_final_checkpoint=False, engine={"save_model": True}).engine_config()
+        assert (apart.checkpoint.final, apart.save_model) == (False, True)
 
     def test_what_is_left_out_is_the_objectives_own(self) -> None:
         engine = recipe(policy_loss="gspo").engine_config()
@@ -174,11 +185,6 @@ class TestTheMapping:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"dcp_save_interval": 5}, r"dcp_save_interval is 5, but checkpoints during a run are not written yet"),
-        (
-            {"init_from_checkpoint": "job:step-3"},
-            r"init_from_checkpoint is 'job:step-3', but .* base_model='<run folder>",
-        ),
         (
             {"max_concurrency_rollout_sample": 3},
             r"max_concurrency_rollout_sample is 3, but completions_per_prompt is 4",
@@ -441,3 +447,37 @@ def test_an_interval_is_given_once(tmp_path: Path) -> None:
     both = recipe(engine={"evaluation": {"interval": 3, "dataset": "test.jsonl"}})
     with pytest.raises(ConfigError, match=r"engine sets evaluation\.interval, which is evaluation_interval of main"):
         async_rl_loop.main(both, rollout_fn=rollout, rows=ROWS, evaluation_interval=2)
+
+
+# Going on
+
+
+def test_a_log_path_with_checkpoints_goes_on_by_itself(model: Path, tmp_path: Path) -> None:
+    engine = {**SMALL["engine"], "max_steps": 2}
+    config = rl_loop.Config(
+        base_model=str(model), log_path=tmp_path / "run", dcp_save_interval=1, **{**SMALL, "engine": engine}
+    )
+    assert rl_loop.main(config, rollout_fn=rollout, rows=ROWS).steps == 2
+    with pytest.raises(ConfigError, match="already holds a run"):
+        rl_loop.main(config, rollout_fn=rollout, rows=ROWS, resume=False)
+    longer = rl_loop.Config(base_model=str(model), log_path=tmp_path / "run", dcp_save_interval=1, **SMALL)
+    result = rl_loop.main(longer, rollout_fn=rollout, rows=ROWS)
+    assert (result.steps, [step["step"] for step in records(result)]) == (4, [1, 2, 3, 4])
+    assert result.ledger["trained"] == 4 * SMALL["prompt_groups_per_step"]
+
+
+def test_a_run_starts_from_the_weights_of_another(model: Path, tmp_path: Path) -> None:
+    """`init_from_checkpoint`, as job:name: other data, step 0."""
+    first = rl_loop.Config(base_model=str(model), log_path=tmp_path / "first", dcp_save_interval=2, **SMALL)
+    rl_loop.main(first, rollout_fn=rollout, rows=ROWS)
+    second = rl_loop.Config(
+        base_model=str(model), log_path=tmp_path / "second", init_from_checkpoint="first:step-000002", **SMALL
+    )
+    result = rl_loop.main(second, rollout_fn=rollout, rows=ROWS[::-1])
+    assert result.steps == 4
+    with pytest.raises(CheckpointError, match=r"there is no run folder 'nobody'"):
+        rl_loop.main(
+            rl_loop.Config(base_model=str(model), init_from_checkpoint="nobody:step-000002", **SMALL),
+            rollout_fn=rollout,
+            rows=ROWS,
+        )

@@ -43,8 +43,10 @@ async def attached(subject: Subject, truth: Truth, in_flight: InFlight) -> Async
     url = subject.sampler.urls[0]
     sampling = {"kind": "vllm", "urls": [url], "in_flight": in_flight}
     config = Config(model=str(truth.base), max_seq_len=CONTEXT, sampler=sampling)
-    async with VllmSampler(config, run_dir=Path("unused"), keep_versions=1) as sampler:
-        yield truth.subject(sampler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_API_KEY", subject.sampler.servers[0].launch.env["VLLM_API_KEY"])
+        async with VllmSampler(config, run_dir=Path("unused"), keep_versions=1) as sampler:
+            yield truth.subject(sampler)
 
 
 async def until_drawn(subject: Subject, tokens: int) -> None:

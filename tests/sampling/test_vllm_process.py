@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import aiohttp
 import psutil
 import pytest
 
@@ -20,10 +21,19 @@ from asyncrl.errors import ModelError, SamplerError
 from asyncrl.sampling.launch import Launch
 from asyncrl.sampling.server import Server, serve
 from asyncrl.sampling.vllm import VllmSampler
-from tests.sampling.contract import draw, until
+from tests.sampling.contract import TOLERANCE, draw, error, until
 from tests.sampling.truth import CONTEXT, NEEDS_VLLM, PROMPT, Truth
 
 LIMIT_S = 60.0
+CLOSED = (
+    ("GET", "/server_info"),
+    ("GET", "/v1/models"),
+    ("POST", "/collective_rpc"),
+    ("POST", "/pause"),
+    ("POST", "/update_weight_version"),
+    ("POST", "/v1/load_lora_adapter"),
+    ("POST", "/inference/v1/generate"),
+)
 Test = TypeVar("Test")
 
 
@@ -194,27 +204,48 @@ async def test_model_without_weights_is_said_so(tmp_path: Path) -> None:
 
 
 @needs_vllm
-async def test_servers_that_are_killed_while_they_draw(tmp_path: Path) -> None:
-    """Two replicas: of one the engine is killed, of the other everything."""
-    truth = Truth(tmp_path, kind="llama", tied=False, lora=False)
-    config = Config(model=str(truth.base), max_seq_len=CONTEXT, sampler={"kind": "vllm", "replicas": 2})
-    async with VllmSampler(config, run_dir=tmp_path, keep_versions=1) as sampler:
+async def test_servers_that_die_and_hang_while_they_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two replicas: of one the engine is killed, the other stops in the middle of everything. Nothing is lost."""
+    for where in ("supervisor", "vitals"):
+        monkeypatch.setattr(f"asyncrl.sampling.{where}.SILENCE_S", 5.0)
+    truth = Truth(tmp_path, kind="llama", tied=False, lora=True)
+    sampling = {"kind": "vllm", "replicas": 2}
+    config = Config(model=str(truth.base), max_seq_len=CONTEXT, sampler=sampling, lora={"rank": 4})
+    async with VllmSampler(config, run_dir=tmp_path, keep_versions=2) as sampler:
         mine = truth.subject(sampler)
-        await sampler.publish(truth.weights(1))
-        scores = await sampler.score(PROMPT, 1)  # of both replicas, which must agree
-        assert max(abs(a - b) for a, b in zip(scores, truth.logprobs(PROMPT, 1), strict=True)) < 1e-3
+        for version in (1, 2):
+            await sampler.publish(truth.weights(version))
+        tasks = [
+            asyncio.create_task(draw(mine, PROMPT, max_tokens=400, session=str(n), version=1 + n % 2))
+            for n in range(50)
+        ]
+        await until(mine, lambda load: load.running == 50, *tasks)
         processes = [family(server.pid) for server in sampler.servers]
         engine = next(process for process in processes[0] if "EngineCore" in " ".join(process.cmdline()))
-        tasks = [asyncio.create_task(draw(mine, PROMPT, max_tokens=1800)) for _ in range(4)]
-        await until(mine, lambda load: load.running == 4, *tasks)
         engine.kill()
-        os.killpg(sampler.servers[1].pid, signal.SIGKILL)
-        failures = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), LIMIT_S)
-        assert [type(failure) for failure in failures] == [SamplerError] * 4
-        assert {str(failure)[:20] for failure in failures} == {"vLLM replica vllm-0 ", "vLLM replica vllm-1 "}
-        for failure in failures:
-            assert str(tmp_path / "logs") in str(failure)
-            assert len(str(failure).splitlines()) > 5
-        with pytest.raises(SamplerError, match="vLLM replica vllm-0"):
-            await draw(mine, PROMPT)
+        await until(mine, lambda load: load.replicas_lost == 1)
+        os.killpg(sampler.servers[1].pid, signal.SIGSTOP)
+        for n, completion in enumerate(await asyncio.wait_for(asyncio.gather(*tasks), 3 * LIMIT_S)):
+            assert set(completion.versions) == {1 + n % 2}
+            assert error(mine, PROMPT, completion, 1 + n % 2) < TOLERANCE
+        await until(mine, lambda load: load.replicas_up == 2)
+        assert (await sampler.load()).replicas_lost == 2
+        scores = await sampler.score(PROMPT, 2)  # of both replicas, which must agree
+        assert max(abs(a - b) for a, b in zip(scores, truth.logprobs(PROMPT, 2), strict=True)) < TOLERANCE
         await until_gone([process for group in processes for process in group])
+        await check_locks(sampler)
+
+
+async def check_locks(sampler: VllmSampler) -> None:
+    """Whoever has no key can look at the health, and at nothing else."""
+    server = sampler.servers[0]
+    key = server.launch.env["VLLM_API_KEY"]
+    async with aiohttp.ClientSession(server.launch.url) as http:
+        for method, path in CLOSED:
+            async with http.request(method, path) as answer:
+                assert answer.status == 401, path
+        async with http.get("/health") as answer:
+            assert answer.status == 200
+        async with http.get("/server_info", headers={"Authorization": f"Bearer {key}"}) as answer:
+            assert answer.status == 200
+    assert key not in server.launch.log.read_text()

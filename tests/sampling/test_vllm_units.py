@@ -16,10 +16,14 @@ from hypothesis import strategies as st
 from asyncrl.config import Config
 from asyncrl.errors import SamplerError, SamplerRequestError
 from asyncrl.sampling import launch
+from asyncrl.sampling.fleet import Fleet
 from asyncrl.sampling.load import EngineLoad, read_metrics, together
 from asyncrl.sampling.params import read_completion, read_scores, refusal, sampling_body, scoring_body
+from asyncrl.sampling.replica import Replica
 from asyncrl.sampling.routing import AdapterShelf, Router
+from asyncrl.sampling.vitals import Comeback, Pulse
 from asyncrl.sampling.vllm import VllmSampler
+from asyncrl.sampling.vllm_key import RequireKey
 from asyncrl.types import SampleRequest, SamplingParams
 
 
@@ -142,6 +146,78 @@ def test_sequential_requests_without_session_use_every_replica() -> None:
     assert used == [0, 1, 0, 1]
 
 
+def test_sessions_of_a_lost_replica_move_and_stay_where_they_went() -> None:
+    router = Router(2)
+    homes = [router.begin(session) for session in ("a", "b")]
+    assert sorted(homes) == [0, 1]
+    router.take_out(homes[0])
+    assert router.begin("a") == homes[1]
+    router.put_in(homes[0])
+    assert router.begin("a") == homes[1]
+    assert router.begin("c") == homes[0]
+    assert router.in_flight[homes[0]] == 2  # what was in flight there is still given back there
+
+
+def test_pulse_of_a_replica() -> None:
+    busy, later = EngineLoad(running=2, generated_tokens=10), EngineLoad(running=2, generated_tokens=11)
+    pulse = Pulse(0.0, stuck_s=100.0)
+    pulse.answered(busy, 10.0, requests=2)
+    pulse.answered(busy, 100.0, requests=2)
+    assert pulse.verdict(109.0) is None
+    pulse.answered(busy, 110.0, requests=2)
+    assert pulse.verdict(110.0) == "its engine has drawn no token for 100 s, though requests are with it"
+    pulse.answered(later, 111.0, requests=2)
+    assert pulse.verdict(140.0) is None
+    assert pulse.verdict(141.0) == "it has not answered for 30 s"
+    for second in range(141, 400, 20):
+        pulse.answered(later, float(second), requests=0)  # idle: nothing should move
+        assert pulse.verdict(second + 10.0) is None
+    pulse.refused()
+    assert pulse.verdict(401.0) is None
+    pulse.answered(later, 402.0, requests=0)
+    pulse.refused()
+    assert pulse.verdict(402.0) is None
+    pulse.refused()
+    assert pulse.verdict(402.0) == "it takes no connections"
+
+
+def test_comeback_waits_longer_after_each_death_without_an_answer() -> None:
+    comeback = Comeback()
+    delays = []
+    for served in (True, False, False, False, False, True, False):
+        comeback.lost(served=served)
+        delays.append(comeback.delay_s)
+    assert delays == [0.0, 1.0, 2.0, 4.0, 8.0, 0.0, 1.0]
+    for _ in range(20):
+        comeback.lost(served=False)
+    assert (comeback.delay_s, comeback.hopeless) == (60.0, True)
+
+
+async def test_the_key_opens_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["path"])
+
+    async def send(message: Any) -> None:
+        seen.append(message.get("status") or message.get("code"))
+
+    async def ask(path: str, header: bytes | None = None, kind: str = "http") -> Any:
+        headers = [(b"authorization", header)] if header is not None else []
+        await RequireKey(app)({"type": kind, "path": path, "headers": headers}, None, send)  # type: ignore[arg-type]
+        answers = [answer for answer in seen if answer is not None]
+        seen.clear()
+        return answers[0]
+
+    assert await ask("/collective_rpc", b"Bearer secret") == "/collective_rpc"
+    for wrong in (None, b"", b"Bearer ", b"Bearer secre", b"secret", b"Bearer s\xe9cret"):
+        assert await ask("/collective_rpc", wrong) == 401
+    assert await ask("/metrics") == "/metrics"
+    assert await ask("/health/..") == 401
+    assert await ask("/v1/realtime", kind="websocket") == 1008
+
+
 @given(st.lists(st.integers(0, 30), max_size=200), st.integers(1, 5))
 def test_routing_is_balanced_and_sticky(sessions: list[int], replicas: int) -> None:
     router, homes = Router(replicas), dict[int, int]()
@@ -259,29 +335,28 @@ def test_root_error_is_that_of_the_engine() -> None:
 class StandInEndpoint:
     """Takes two turns of the loop to load weights; answers with the version that is loaded."""
 
+    name = "stand-in"
     version = 0
 
-    async def load_weights(self, version: int, folder: str, in_flight: str, limit_s: float) -> None:
+    async def load_weights(self, version: int, folder: str, in_flight: str) -> None:
         await anyio.lowlevel.checkpoint()
         self.version = version
 
     async def post(self, path: str, body: object, timeout_s: float | None) -> dict[str, Any]:
         return answer(weight_versions=[{"version": str(self.version), "start": 0, "end": 3}])
 
-    def check_alive(self) -> None:
-        return None
-
 
 async def test_requests_at_the_gate_wait_out_hot_loads_that_follow_each_other(tmp_path: Path) -> None:
     """A request that one hot-load lets go may find the next one under way: it must wait again, not fail."""
     sampler = VllmSampler(Config(model="none"), run_dir=tmp_path, keep_versions=2)
-    sampler._endpoints = [StandInEndpoint()]  # type: ignore[list-item]
+    sampler._fleet = Fleet([Replica(StandInEndpoint())])  # type: ignore[arg-type]
+    sampler._live = sampler._live_weights()
     sampler._context = 64
     drawn: list[int] = []
 
     async def publish() -> None:
         for version in range(1, 6):
-            await sampler._publish_full(version, "folder", 1.0)
+            await sampler._live.publish(version, tmp_path)
 
     async def draw() -> None:
         await anyio.lowlevel.checkpoint()

@@ -128,6 +128,34 @@ def test_a_full_model_for_an_adapter(full: Path) -> None:
     assert "Set lora.rank=0" in message
 
 
+def test_a_kl_to_other_weights(tmp_path: Path) -> None:
+    """Of a run that began from another's weights: those are needed again, and first."""
+    settings: dict[str, Any] = {"loss": {"kl_beta": 0.1}}
+    first = saved(tmp_path / "first", **settings)
+    run = make_trainer(**settings)
+    run.load_state(first)
+    run.save_state(tmp_path / "state")
+
+    resumed = make_trainer(**settings)
+    message = refusal(resumed, tmp_path / "state")
+    assert "the weights that it began from, which its KL refers to" in message
+    assert "Set lora.warm_start or checkpoint.init_from as it was" in message
+    make_trainer(loss={"kl_beta": 0}).load_state_with_optimizer(tmp_path / "state")
+    resumed.load_state(first)
+    resumed.load_state_with_optimizer(tmp_path / "state")
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4}, {}])
+def test_a_kl_to_the_base_model(lora: dict[str, Any], tmp_path: Path) -> None:
+    """That is the same for every seed of a fresh adapter; not for one that went on from another's weights."""
+    settings: dict[str, Any] = {"loss": {"kl_beta": 0.1}, "lora": lora}
+    state = saved(tmp_path / "state", **settings)
+    resumed = make_trainer(**settings, seed=5)
+    resumed.load_state_with_optimizer(state)
+    resumed.load_state(state)
+    assert "which its KL refers to" in refusal(resumed, state)
+
+
 def test_another_optimizer(full: Path) -> None:
     pytest.importorskip("bitsandbytes")
     trainer = make_trainer(optimizer={"state_bits": 8})

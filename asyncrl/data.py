@@ -169,8 +169,6 @@ class Draw:
     row: Mapping[str, Any]
     again: bool = False
     """It has been handed out before and was given back."""
-    sequence: int | None = None
-    """The place in the order of admission that it keeps; None: it gets the next."""
 
     @property
     def key(self) -> tuple[int, int]:
@@ -233,9 +231,9 @@ class PromptStream:
             self._order = self._order_of(epoch + 1)
         return Draw(epoch, index, row)
 
-    def give_back(self, epoch: int, index: int, sequence: int | None = None) -> None:
-        """This draw shall be handed out again, before all others; `sequence` is the place that it keeps."""
-        self._returned.append(Draw(epoch, index, self._rows[index], again=True, sequence=sequence))
+    def give_back(self, epoch: int, index: int) -> None:
+        """This draw shall be handed out again, before all others."""
+        self._returned.append(Draw(epoch, index, self._rows[index], again=True))
 
     def _order_of(self, epoch: int) -> Sequence[int]:
         if not self._shuffle or epoch >= self._epochs:

@@ -140,7 +140,7 @@ def take_step(trainer: TorchTrainer, record: Record, config: Config) -> StepResu
     """
     settings = engine_settings(config, None)
     batch = Batch(record.step - 1, settings.max_staleness, settings.on_stale, settings.hard_bound)
-    for chunk in [sum(record.chunks(), [])]:
+    for chunk in record.chunks():
         if sequences := batch.add(chunk):
             trainer.forward_backward(sequences)
     return trainer.optim_step()

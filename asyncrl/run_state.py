@@ -74,7 +74,7 @@ def restore(engine: Engine, state: RunState) -> None:
     kept = state.groups if loop["staleness"] == _staleness(engine) else []
     restarted = unfinished + [(group.epoch, group.row) for group in state.groups if group not in kept]
     for epoch, row in _in_order(engine, restarted):
-        scheduler.stream.give_back(epoch, row, engine.ledger.sequences[epoch, row])
+        scheduler.stream.give_back(epoch, row)
     for group in kept:
         scheduler.take_finished(group)
     _restore_random_state(loop["random"])

@@ -214,6 +214,8 @@ class _Run:
         end = "stopped cleanly" if result.interrupted else "finished"
         model = f"model: {result.model_dir}" if self.engine.save_model else "the model was not saved"
         self.shown.note(f"{end} after {self.step} steps in {self.elapsed_s:.0f} s; {model}")
+        if result.interrupted and Checkpoints(folder.root).all():
+            self.shown.note(f"go on with it: asyncrl resume {folder.root} (from Python: main with the same log_path)")
         return result
 
     def _say_what_is_ahead(self, total: int) -> None:

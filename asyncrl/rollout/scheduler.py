@@ -218,8 +218,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         draw = self.stream.draw()
-        sequence = self.admissions if draw.sequence is None else draw.sequence
-        self.admissions += draw.sequence is None
+        sequence = self.admissions
+        self.admissions += 1
         self.budget.admit()
         version = self.live_version()
         if draw.again:

@@ -114,6 +114,9 @@ class Supervisor:
             await anyio.sleep(WATCH_EVERY_S)
         except SamplerRequestError as error:
             if error.status == 503:
+                server = replica.endpoint.server
+                if server is not None:  # it ends by itself, and then its log says why
+                    await server.ends_within(EXIT_NOTICE_S)
                 self._fleet.lose(replica, f"its engine is dead: {error}")
 
     # Out of rotation

@@ -21,8 +21,9 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def audited(capsys: pytest.CaptureFixture[str]) -> Audited:
+def audited(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Audited:
     """Exit code and output of `asyncrl audit`, its spaces squeezed."""
+    monkeypatch.setenv("COLUMNS", "120")
 
     def audited(*arguments: str | Path) -> tuple[int, str]:
         code = main(["audit", *map(str, arguments)])
@@ -86,7 +87,7 @@ def test_a_row(root: Path, audited: Audited) -> None:
         "2 0 0 1 admitted version 0",
         "6 0 0 1 finished version 0, rewards 0, 1",
         "14 0 0 1 trained step 2",
-        "15 0 1 6 admitted version 2",
+        "16 0 1 6 admitted version 2",
         "19 0 1 6 finished undone, version 2, rewards 0, 1",
         "22 0 1 6 trained undone, step 3",
         "23 1 1 7 restarted version 2",

@@ -160,15 +160,16 @@ async def run(folder: Path, outcome: Outcome) -> None:
             say=lambda text: None,
         )
         try:
-            async with evaluations:
-                with engine.watchdog.phase("evaluation", marks=evaluations.gauges):
-                    await evaluations.before()
-                await engine.run()
-                evaluations.training_is_over()
-                with engine.watchdog.phase("saving the checkpoint"):
-                    await engine.checkpoints.finish(engine.capture(), "final")
-                with engine.watchdog.phase("evaluation", marks=evaluations.gauges):
-                    await evaluations.after()
+            with engine.watchdog.phase("evaluation", marks=evaluations.gauges):
+                await evaluations.before()
+            await engine.run()
+            evaluations.training_is_over()
+            with engine.watchdog.phase("saving the checkpoint"):
+                await engine.checkpoints.finish(engine.capture(), "final")
+            with engine.watchdog.phase("evaluation", marks=evaluations.gauges):
+                await evaluations.after()
+            with engine.watchdog.phase("closing what the run had open"):
+                await evaluations.__aexit__(None, None, None)
         finally:
             outcome.seconds = loop.time()
         outcome.whole = engine.step == 6 and engine.published == 6

@@ -1,9 +1,9 @@
 """New weights on their way into the sampler, and the canary that looks at them.
 
-    consumes    `Weights` from the trainer
-    produces    a version that is live
-    waits for   the sampler, at most `timeout_s`
-    woken by    the engine, which may train on meanwhile
+consumes    `Weights` from the trainer
+produces    a version that is live
+waits for   the sampler, at most `timeout_s`
+woken by    the engine, which may train on meanwhile
 """
 
 from __future__ import annotations

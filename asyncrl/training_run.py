@@ -16,10 +16,11 @@ from asyncrl.agents.policy import PolicyContext
 from asyncrl.agents.transcript import as_metrics
 from asyncrl.assemble import assemble
 from asyncrl.checkpointing import Checkpointer, load_state
+from asyncrl.collector import calm_collector
 from asyncrl.config import Config
 from asyncrl.data import Rows
 from asyncrl.ends import canary_tolerance, choose_sampler, open_policy, open_sampler, torch_threads
-from asyncrl.engine import Engine, Record, calm_collector
+from asyncrl.engine import Engine, Record
 from asyncrl.errors import AsyncRLError, StepFailed
 from asyncrl.interrupt import Interrupt
 from asyncrl.lives import Life

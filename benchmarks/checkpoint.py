@@ -10,6 +10,7 @@ stand still if the state went to the disk at once. "on the disk" is from the beg
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 import statistics
 import tempfile
@@ -19,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
+from transformers.utils import logging as transformers_logging
 
 from asyncrl.config import Config
 from asyncrl.testing.models import tiny_model
@@ -109,6 +112,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--largest", type=float, default=200, help="of the models, in millions of weights")
     options = parser.parse_args()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    transformers_logging.disable_progress_bar()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for row in rows(options.folder or Path(tempfile.gettempdir()), options.repeats, options.largest):
         print(row, flush=True)

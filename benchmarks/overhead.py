@@ -18,7 +18,7 @@ import tracemalloc
 from asyncrl import Config, Prompt, RolloutSample
 from asyncrl.agents.policy import Policy, PolicyContext
 from asyncrl.assemble import assemble
-from asyncrl.engine import calm_collector
+from asyncrl.collector import calm_collector
 from asyncrl.testing.fakes import CountingTrainer, ScriptedSampler
 from asyncrl.types import SamplingParams
 

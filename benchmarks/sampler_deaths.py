@@ -117,13 +117,12 @@ def main() -> None:
         audit = subprocess.run([sys.executable, "-m", "asyncrl", "audit", str(folder / "run")], check=False)
     assert result.before is not None
     assert result.after is not None
-    ledger = result.ledger
-    print("| weights | replicas | kills | reward before | after | steps | trained | filtered | rejected | s | audit |")
+    kept = " | ".join(str(result.ledger[end]) for end in ("trained", "filtered", "rejected", "pending"))
+    print("| weights | kills | reward before | after | steps | trained | filtered | rejected | pending | s | audit |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     print(
-        f"| {'LoRA' if options.lora else 'full'} | {options.replicas} | {kills} | {result.before.mean:.3f} "
-        f"| {result.after.mean:.3f} | {result.steps} | {ledger['trained']} | {ledger['filtered']} | {ledger['rejected']} "
-        f"| {result.wall_s:.0f} | {'clean' if audit.returncode == 0 else 'NOT CLEAN'} |"
+        f"| {'LoRA' if options.lora else 'full'} | {kills} | {result.before.mean:.3f} | {result.after.mean:.3f} "
+        f"| {result.steps} | {kept} | {result.wall_s:.0f} | {'clean' if audit.returncode == 0 else 'NOT CLEAN'} |"
     )
 
 

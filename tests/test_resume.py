@@ -79,7 +79,8 @@ def test_a_run_that_failed_goes_on_and_rolls_nothing_finished_out_again(
         asyncrl.train(first, dataset=ROWS, config=config)
     run = RunFolder(config.run_dir)
     left = Checkpoints(run.root).latest()
-    assert left is not None and left.step > 0
+    assert left is not None
+    assert left.step > 0
     assert lines(run.root, "checkpoints.jsonl")[-1]["step"] == left.step
     assert "RolloutFailed" in json.loads(run.summary.read_text())["error"]
     kept = {group.row for group in load_state(left).groups}
@@ -87,7 +88,9 @@ def test_a_run_that_failed_goes_on_and_rolls_nothing_finished_out_again(
     second = Rollout()
     result = asyncrl.train(second, dataset=ROWS, config=config, resume=True)
     assert result.resumed_from == left.step
-    assert result.steps == 12 and result.ledger["admitted"] == 48 and result.ledger["pending"] == 0
+    assert result.steps == 12
+    assert result.ledger["admitted"] == 48
+    assert result.ledger["pending"] == 0
     assert not kept & second.calls.keys(), "finished groups are trained, not rolled out again"
     check_run(run.root, 12)
     assert json.loads(run.summary.read_text())["resumed_from"] == left.step
@@ -250,7 +253,8 @@ def test_too_many_of_them_end_the_run_with_a_checkpoint(
             asyncrl.train(Rollout(), dataset=ROWS, config=config)
     assert lines(config.run_dir, "checkpoints.jsonl")[-1]["step"] == 2
     result = asyncrl.train(Rollout(), dataset=ROWS, config=config, resume=True)
-    assert result.ledger["rejected"] == 4 and result.ledger["pending"] == 0
+    assert result.ledger["rejected"] == 4
+    assert result.ledger["pending"] == 0
     check_run(result.run_dir, result.steps)
 
 

@@ -75,10 +75,15 @@ def test_a_phase_within_another_has_its_own_limit() -> None:
                 with watchdog.phase("starting the sampler", limit_s=100.0):
                     await asyncio.sleep(90.0)
                 await asyncio.sleep(9.0)
-            with watchdog.phase("saving the model", limit_s=20.0):
+            with (
+                pytest.raises(StallError, match=r"(?s)nothing has moved for 20 s\..*run: saving the model, for 20 s"),
+                watchdog.phase("saving the model", limit_s=20.0),
+            ):
                 await for_ever()
+            assert watchdog.ending is None
+            await for_ever()
 
-    with pytest.raises(StallError, match=r"(?s)nothing has moved for 20 s\..*run: saving the model, for 20 s"):
+    with pytest.raises(StallError, match=r"(?s)nothing has moved for stall_timeout_s=10 s\..*run: the run, for 32\d s"):
         run_virtual(main())
 
 

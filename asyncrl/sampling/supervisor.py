@@ -110,8 +110,8 @@ class Supervisor:
                 if replica.endpoint.server is None and (cause := await self._forgot(replica)):
                     self._fleet.lose(replica, cause)
         except Unreachable:
-            pulse.refused()
-            await anyio.sleep(WATCH_EVERY_S)
+            if not pulse.refused():
+                await anyio.sleep(WATCH_EVERY_S)
         except SamplerRequestError as error:
             if error.status == 503:
                 server = replica.endpoint.server

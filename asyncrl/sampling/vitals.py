@@ -9,7 +9,7 @@ SILENCE_S = 30.0
 milliseconds, and in seconds on a CPU that everything shares."""
 
 REFUSALS = 2
-"""Connections in a row that nobody takes, a second apart: the server is gone, or the way to it."""
+"""Connections in a row that nobody takes, at least a second apart: the server is gone, or the way to it."""
 
 QUICK_DEATHS = 3
 """Deaths in a row of one replica, none with an answer in between, that show that starting it again does not mend it."""
@@ -37,9 +37,10 @@ class Pulse:
         if load != self._seen or not requests:
             self._moved_at, self._seen = now, load
 
-    def refused(self) -> None:
-        """Nobody took the connection."""
+    def refused(self) -> bool:
+        """Nobody took the connection. Returns whether that is enough."""
         self._refused += 1
+        return self._refused >= REFUSALS
 
     def verdict(self, now: float) -> str | None:
         """What is wrong with it; None where nothing is."""

@@ -24,8 +24,11 @@ class RequireKey:
     """ASGI middleware: 401 for a request without the bearer token in `VLLM_API_KEY`."""
 
     def __init__(self, app: App) -> None:
+        key = os.environ.get("VLLM_API_KEY")
+        if not key:
+            raise ValueError("RequireKey has no key to ask for. Set VLLM_API_KEY in the environment of the server.")
         self._app = app
-        self._expected = f"Bearer {os.environ['VLLM_API_KEY']}".encode()
+        self._expected = f"Bearer {key}".encode()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or scope["path"] in OPEN or self._has_key(scope):

@@ -53,10 +53,20 @@ class State:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for _, tensor in leaves(self.tensors))
 
+    @property
+    def copy_bytes(self) -> int:
+        """What a copy takes: torch pins memory in powers of two."""
+        sizes = ((tensor.nbytes, tensor.is_cuda) for _, tensor in leaves(self.tensors))
+        return sum(1 << (size - 1).bit_length() if pinned else size for size, pinned in sizes)
+
+    @property
+    def on_gpu(self) -> bool:
+        return any(tensor.is_cuda for _, tensor in leaves(self.tensors))
+
     def copy(self) -> State:
         """The same on the host, apart from what is trained on; pinned where it comes from a GPU."""
         copied = State(self.step, self.facts, _copied(self.tensors))
-        if any(tensor.is_cuda for _, tensor in leaves(self.tensors)):
+        if self.on_gpu:
             torch.cuda.synchronize()
         return copied
 
@@ -93,6 +103,7 @@ class StateWriter:
         self._timeout_s = timeout_s
         self._thread: threading.Thread | None = None
         self._short_of_memory = False
+        self._pinned_bytes = 0  # of the last copy: torch keeps them for the next
 
     def begin(self, state: State, folder: Path, *, beside: bool = True) -> Future[None]:
         """On return training may go on; the future is done when `state` is on the disk. It carries `OSError`.
@@ -132,10 +143,12 @@ class StateWriter:
 
     def _copy(self, state: State) -> State | None:
         """None: there is no room for a copy."""
-        available, needed = available_bytes(), state.nbytes
+        available, needed = available_bytes(), state.copy_bytes - self._pinned_bytes
         if available is None or needed <= COPY_SHARE * available:
             try:
-                return state.copy()
+                copied = state.copy()
+                self._pinned_bytes = state.copy_bytes if state.on_gpu else 0
+                return copied
             except (MemoryError, RuntimeError) as error:  # RuntimeError: no memory to pin
                 log.warning("no copy of the weights could be made", error=str(error).splitlines()[0])
         if not self._short_of_memory:

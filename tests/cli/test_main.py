@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from asyncrl.cli.main import main
-from asyncrl.errors import DataError, SamplerError
+from asyncrl.errors import DataError, SamplerError, StallError
 from asyncrl.rollout.estimate import EvalResult
 from asyncrl.storage.folder import RunFolder
 
@@ -66,7 +66,12 @@ def test_train_starts_what_the_config_says(project: Path, calls: Calls) -> None:
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(DataError("rows.jsonl:3: not JSON"), 2), (SamplerError("vLLM [died]"), 1), (KeyboardInterrupt(), 130)],
+    [
+        (DataError("rows.jsonl:3: not JSON"), 2),
+        (SamplerError("vLLM [died]"), 1),
+        (StallError("nothing has moved"), 3),
+        (KeyboardInterrupt(), 130),
+    ],
 )
 def test_an_error_is_one_message_and_an_exit_code(
     project: Path, calls: Calls, capsys: pytest.CaptureFixture[str], error: BaseException, code: int

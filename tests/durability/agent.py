@@ -14,7 +14,7 @@ from asyncrl.testing.models import tiny_model, tiny_tokenizer
 CALLS = tuple(f'<tool_call>\n{{"name": "roll", "arguments": {{"sides": {n}}}}}\n</tool_call>' for n in range(2, 120))
 """Each is one token, and every third token of a random model is one of them: so it does call tools."""
 
-ROWS = [{"question": f"what do {n} dice say?"} for n in range(15)]
+ROWS = [{"question": f"what do {n} dice say?"} for n in range(18)]
 HELD_OUT = ROWS[:3]
 
 SETTINGS: dict[str, Any] = {
@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = {
     "trainer": {"device": "cpu"},
     "loss": {"kl_beta": 0.0},
     "optimizer": {"learning_rate": 3e-3},
-    "evaluation": {"interval": 4},
+    "evaluation": {"interval": 2},
     "checkpoint": {"interval": 1},
 }
 

@@ -130,7 +130,8 @@ class _Finder(importlib.abc.MetaPathFinder):
         if name not in self._modules:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)  # type: ignore[arg-type]
-        assert spec is not None and spec.origin is not None
+        assert spec is not None
+        assert spec.origin is not None
         spec.loader = _Loader(name, spec.origin)
         return spec
 

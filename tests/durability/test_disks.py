@@ -69,7 +69,7 @@ class Ends:
             async def save_model(self, folder: Path) -> None:
                 if ends.saving_model is not None:
                     raise ends.saving_model
-                folder.mkdir()
+                folder.mkdir(exist_ok=True)  # noqa: ASYNC240 - as real trainers do
 
         self.trainer = Trainer(step_s=lambda: 0.002)
         return self.trainer

@@ -187,8 +187,10 @@ class Engine:
 
     async def _step_taken(self, batch: Batch, result: StepResult) -> None:
         state = self.capture() if self.checkpoints is not None and self.checkpoints.due(self.step) else None
-        await self._publish_if_due()
-        self._report(batch, result)
+        try:
+            await self._publish_if_due()
+        finally:  # the step was taken, whatever becomes of its weights
+            self._report(batch, result)
         if self.checkpoints is not None and state is not None:
             self._enter(f"taking a snapshot of step {self.step} for a checkpoint")
             with self._timed("checkpoint_s"):

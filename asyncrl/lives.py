@@ -58,6 +58,7 @@ def open_life(config: Config, rows: Rows, resume: Resume) -> Iterator[Life]:
     data = data_facts(config, rows)
     checkpoint, root = find(config, resume)
     if checkpoint is not None:
+        refuse_other_recipe(checkpoint, "train")
         refuse_other_data(checkpoint, data)
     config = config.model_copy(update={"run_dir": root}) if root is not None else config
     goes_on = bool(resume) and root is not None and RunFolder(root).exists()
@@ -111,6 +112,16 @@ def data_facts(config: Config, rows: Rows) -> dict[str, Any]:
     """What the order of the prompts follows from."""
     order = {"seed": config.seed, "shuffle": config.data.shuffle, "max_rows": config.data.max_rows}
     return {"rows": len(rows), "fingerprint": fingerprint(rows), **order}
+
+
+def refuse_other_recipe(checkpoint: Checkpoint, recipe: str) -> None:
+    """Raises `CheckpointError` where another way of training has made it."""
+    found = checkpoint.state().get("recipe", "train")
+    if found != recipe:
+        raise CheckpointError(
+            f"{checkpoint.folder} is of `asyncrl {found}`, and `asyncrl {recipe}` cannot go on from it. To start from "
+            "its weights, name it in a new run: checkpoint.init_from (init_from_checkpoint of a recipe)."
+        )
 
 
 def refuse_other_data(checkpoint: Checkpoint, data: Mapping[str, Any]) -> None:

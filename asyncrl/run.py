@@ -9,10 +9,9 @@ Only this module sees both sides, the event loop's and torch's.
 from __future__ import annotations
 
 import asyncio
-import errno
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from asyncrl.assemble import steps_at_most
 from asyncrl.config import Config
 from asyncrl.data import Rows, load_rows
 from asyncrl.ends import adapter_weights, open_policy, open_sampler, split_adapter
-from asyncrl.errors import AsyncRLError, ConfigError, EngineError
+from asyncrl.errors import AsyncRLError, ConfigError
 from asyncrl.interrupt import Interrupt, run_interruptible
 from asyncrl.last_resort import LastResort
 from asyncrl.lives import Resume, open_life
@@ -33,12 +32,11 @@ from asyncrl.result import TrainResult
 from asyncrl.rollout.estimate import EvalResult
 from asyncrl.rollout.evaluations import EvaluationFn, evaluation_function
 from asyncrl.rollout.factory import RolloutSetup, open_rollout, require_rollout
+from asyncrl.storage.folder import full_disk_named
 from asyncrl.storage.log import open_log
 from asyncrl.training_run import TrainingRun
 from asyncrl.watchdog import Watchdog
 from asyncrl.workers import refuse_in_worker
-
-DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
 
 __all__ = ["TrainResult", "evaluate", "evaluate_async", "train", "train_async"]
 
@@ -119,7 +117,7 @@ async def train_async(
         watchdog = Watchdog(config.stall_timeout_s, life.folder.root / "stalled.txt")
         run = TrainingRun(config, facts, life, live, interrupt, watchdog, ThreadedTrainer, total_steps)
         try:
-            with _full_disk_named(life.folder.root), LastResort(watchdog, interrupt, config.stop_timeout_s):
+            with full_disk_named(life.folder.root), LastResort(watchdog, interrupt, config.stop_timeout_s):
                 result = await run.run(rollout, rows, measure)
         except AsyncRLError as error:
             run.conclude_failure(error)
@@ -180,20 +178,6 @@ async def evaluate_async(
 
 
 # Parts
-
-
-@contextmanager
-def _full_disk_named(root: Path) -> Iterator[None]:
-    """Say which folder cannot be written. The user's own `OSError`s have become `RolloutFailed` before."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise EngineError(
-            f"the run folder {root} cannot be written: {error.strerror}. Make room, or set run_dir to another disk; "
-            "what the folder holds up to here can be used."
-        ) from error
 
 
 def _silence_progress_bars() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from asyncrl.config import Config as EngineConfig
 from asyncrl.data import Cursor, Rows
-from asyncrl.errors import CheckpointError, ConfigError
-from asyncrl.lives import Resume, data_facts, find, refuse_other_data
+from asyncrl.errors import ConfigError
+from asyncrl.lives import Resume, data_facts, find, refuse_other_data, refuse_other_recipe
 from asyncrl.metrics.rewind import rewind
 from asyncrl.recipes.mapping import in_these_words
 from asyncrl.recipes.settings import SupervisedConfig
@@ -72,7 +72,7 @@ def _start(
     checkpoint, root = find(engine, resume)
     data = data_facts(engine, rows)
     if checkpoint is not None:
-        _refuse_other_recipe(checkpoint, recipe)
+        refuse_other_recipe(checkpoint, recipe)
         refuse_other_data(checkpoint, data)
         state = checkpoint.state()
     else:
@@ -96,12 +96,3 @@ def _beginning(engine: EngineConfig) -> dict[str, Any]:
     # As found now: the newest checkpoint of that run may be another one when this run is resumed.
     init_from = None if source is None else str(resolve(source, beside).folder.absolute())
     return {"init_from": init_from, "cursor": [0, 0], "elapsed_s": 0.0, "before": None}
-
-
-def _refuse_other_recipe(checkpoint: Checkpoint, recipe: str) -> None:
-    found = checkpoint.state().get("recipe", "train")
-    if found != recipe:
-        raise CheckpointError(
-            f"{checkpoint.folder} is of `asyncrl {found}`, and `asyncrl {recipe}` cannot go on from it. To start from "
-            f"its weights, set init_from_checkpoint='{checkpoint.folder}' in a new run."
-        )

@@ -139,7 +139,12 @@ class Checkpoints:
         replaced = folder.with_name(f".{folder.name}.removed")
         if folder.exists():  # of the same step, with fewer finished groups
             folder.rename(replaced)
-        unfinished.rename(folder)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(folder)
+            raise
         shutil.rmtree(replaced, ignore_errors=True)
         sync(self.folder)
         with open(self.listing, "a", encoding="utf-8", opener=private) as listing:

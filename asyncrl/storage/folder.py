@@ -211,7 +211,8 @@ class RunFolder:
 
 @contextmanager
 def full_disk_named(root: Path) -> Iterator[None]:
-    """Say which folder cannot be written, where that is what ends the block.
+    """Say which folder cannot be written, where that is what ends the block. The user's own `OSError`s have become
+    `RolloutFailed` before.
 
     Raises:
         EngineError: in place of an `OSError` of a disk.

@@ -59,12 +59,13 @@ CREATE VIEW history AS SELECT {", ".join(f"events.{name}" for name in EVENTS)}, 
 
 WRITE_EVERY_S = 0.25
 """Short for whoever reads along, long against the sync that each transaction costs."""
-MOST_WAITING = 100_000
-"""Events that may wait for the disk: some 30 MB, and minutes of a fast run."""
-CHUNK = 256
-"""Events of one statement. Binding them holds the interpreter lock for some 0.1 ms; writing them does not hold it."""
+MANY_WAITING, MOST_WAITING = 10_000, 1_000_000
+"""Events that wait for the disk. From the first number on it must have taken some lately; over the second, which is
+300 MB, it is too slow for the run."""
+CHUNK = 512
+"""Events of one statement. Binding them holds the interpreter lock for some 0.2 ms; writing them does not hold it."""
 DISK_LIMIT_S = 60.0
-"""Longest time that a flush or the end of a run waits for the disk."""
+"""Longest time that the disk may take nothing while many events, a flush or the end of a run wait for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +156,7 @@ class LedgerStore:
         self._flushes: deque[Future[None]] = deque()
         self._hurry = threading.Event()
         self._closing = False
+        self._written_at = time.monotonic()
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="asyncrl ledger", daemon=True)
         self._thread.start()
@@ -188,8 +190,8 @@ class LedgerStore:
             EngineError: an earlier one could not be written, or the disk has stood still for too long.
         """
         assert not self._closing, "the ledger is closed"
-        if self._failure is not None or len(self._waiting) >= MOST_WAITING:
-            self._refuse()
+        if self._failure is not None or len(self._waiting) >= MANY_WAITING:
+            self._look()
         self._waiting.append(entry)
 
     async def flush(self) -> None:
@@ -202,7 +204,7 @@ class LedgerStore:
         self._flushes.append(written)
         self._hurry.set()
         if self._failure is not None:  # only now: until it is set, the thread answers whoever asks
-            self._refuse()
+            raise _cannot_write(self.path, self._failure)
         if self._closing:
             return
         try:
@@ -210,8 +212,8 @@ class LedgerStore:
                 await asyncio.wrap_future(written)
         except TimeoutError:
             raise self._stands_still() from None
-        except sqlite3.Error:
-            self._refuse()
+        except sqlite3.Error as error:
+            raise _cannot_write(self.path, str(error)) from None
 
     def close(self) -> None:
         """Write the rest and end the life. Blocks until it is on the disk: little is left after a `flush`.
@@ -227,12 +229,14 @@ class LedgerStore:
         if self._thread.is_alive():
             raise self._stands_still()
         if self._failure is not None:
-            self._refuse()
+            raise _cannot_write(self.path, self._failure)
 
-    def _refuse(self) -> None:
-        if self._failure is None:
+    def _look(self) -> None:
+        """Raises `EngineError` where nothing more may be handed over."""
+        if self._failure is not None:
+            raise _cannot_write(self.path, self._failure)
+        if len(self._waiting) >= MOST_WAITING or time.monotonic() - self._written_at > DISK_LIMIT_S:
             raise self._stands_still()
-        raise _cannot_write(self.path, self._failure)
 
     def _stands_still(self) -> EngineError:
         return EngineError(
@@ -251,6 +255,7 @@ class LedgerStore:
                 last = self._closing  # before the deque is emptied: nothing is handed over after it
                 asked = _taken(self._flushes)
                 self._write(_taken(self._waiting), last=last)
+                self._written_at = time.monotonic()
                 _answer(asked, None)
                 if last:
                     break
@@ -267,7 +272,8 @@ class LedgerStore:
         if entries or last:
             self._connection.execute("BEGIN IMMEDIATE")
             rest = iter(entries)
-            while chunk := tuple(islice(rest, CHUNK)):
+            size = min(CHUNK, self._connection.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER) // len(EVENTS))
+            while chunk := tuple(islice(rest, size)):
                 places = ",".join(["(?,?,?,?,?,?,?,?,?,?,?)"] * len(chunk))
                 # One statement for all: the lock is given up once per statement, and hard to get back from a busy loop.
                 self._connection.execute(f"INSERT INTO events VALUES {places}", tuple(chain.from_iterable(chunk)))
@@ -325,7 +331,7 @@ def read_ledger(path: Path) -> Iterator[LedgerReader]:
 def _connect_to_write(path: Path) -> sqlite3.Connection:
     """Only the user who started the run can read the file; SQLite gives its companions the same permissions."""
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    return sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    return sqlite3.connect(path, DISK_LIMIT_S, isolation_level=None, check_same_thread=False)
 
 
 def _lay_out(connection: sqlite3.Connection, path: Path) -> None:

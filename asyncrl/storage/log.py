@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import structlog
 
@@ -35,7 +35,7 @@ def open_log(path: Path, echo: Callable[[str], None] = to_stderr) -> Iterator[st
     """Log to `path` until the block ends. `echo` gets one line of text for each warning or error."""
     before, level = structlog.get_config(), QUIETED.level
     QUIETED.setLevel(logging.ERROR)
-    with open_to_append(path) as file:
+    with closing_quietly(open_to_append(path)) as file:
         structlog.configure(
             processors=[
                 structlog.contextvars.merge_contextvars,
@@ -54,6 +54,16 @@ def open_log(path: Path, echo: Callable[[str], None] = to_stderr) -> Iterator[st
         finally:
             structlog.configure(**before)
             QUIETED.setLevel(level)
+
+
+@contextmanager
+def closing_quietly(file: TextIO) -> Iterator[TextIO]:
+    """A line that the disk did not take has said so when it was written; closing tries it again."""
+    try:
+        yield file
+    finally:
+        with suppress(OSError):
+            file.close()
 
 
 class _Echo:

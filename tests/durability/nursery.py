@@ -51,7 +51,7 @@ class Order:
     """Counts only touches that contain this regular expression: `<event> <path inside the run folder>`."""
     whole_tree: bool = False
     """Everything in its session is killed, and not the process alone."""
-    limit_s: float = 300.0
+    limit_s: float = 600.0
     """A run that takes longer hangs."""
 
 

@@ -20,7 +20,7 @@ from asyncrl.agents.policy import Policy, PolicyContext
 from asyncrl.assemble import assemble
 from asyncrl.config import WandbConfig
 from asyncrl.errors import CheckpointError, ConfigError, RecoverableRolloutError
-from asyncrl.recipes import async_rl_loop, rl_loop
+from asyncrl.recipes import async_rl_loop, rl_loop, sft_loop
 from asyncrl.recipes.mapping import ALSO, NO_MEANING, SETTINGS, mapping_table
 from asyncrl.rollout.batch import loss_versions
 from asyncrl.testing.clock import run_virtual
@@ -464,6 +464,15 @@ def test_a_log_path_with_checkpoints_goes_on_by_itself(model: Path, tmp_path: Pa
     result = rl_loop.main(longer, rollout_fn=rollout, rows=ROWS)
     assert (result.steps, [step["step"] for step in records(result)]) == (4, [1, 2, 3, 4])
     assert result.ledger["trained"] == 4 * SMALL["prompt_groups_per_step"]
+
+
+def test_a_run_of_rollouts_does_not_go_on_from_one_without(model: Path, tmp_path: Path) -> None:
+    config = sft_loop.Config(base_model=str(model), log_path=tmp_path / "run")
+    sft_loop.main(config, [{"prompt": "a", "completion": "b"}], view="quiet")
+    with pytest.raises(CheckpointError, match="is of `asyncrl sft`, and `asyncrl train` cannot go on from it"):
+        rl_loop.main(
+            rl_loop.Config(base_model=str(model), log_path=tmp_path / "run", **SMALL), rollout_fn=rollout, rows=ROWS
+        )
 
 
 def test_a_run_starts_from_the_weights_of_another(model: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,14 +121,20 @@ main(sys.argv[1:])
 """
 
 
-def test_what_was_killed_goes_on_from_the_command_line(model: Path, tmp_path: Path) -> None:
-    """kill -9 while a checkpoint is being written, and `asyncrl resume`: the same weights as without."""
+@pytest.fixture
+def project(model: Path, tmp_path: Path) -> Path:
+    """A user's folder."""
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats(10)))
     lines = f'base_model = "{model}"\ndataset = "chats.jsonl"\nbatch_size = 4\nepochs = 2\ndcp_save_interval = 1\n'
     (tmp_path / "sft.toml").write_text(lines)
-    assert main(["sft", str(tmp_path / "sft.toml"), "--log_path", str(tmp_path / "whole")]) == 0
-    run = tmp_path / "run"
-    command = [sys.executable, "-c", KILLED, "sft", str(tmp_path / "sft.toml"), "--log_path", str(run)]
+    return tmp_path
+
+
+def test_what_was_killed_goes_on_from_the_command_line(project: Path) -> None:
+    """kill -9 while a checkpoint is being written, and `asyncrl resume`: the same weights as without."""
+    whole, run = project / "whole", project / "run"
+    assert main(["sft", str(project / "sft.toml"), "--log_path", str(whole)]) == 0
+    command = [sys.executable, "-c", KILLED, "sft", str(project / "sft.toml"), "--log_path", str(run)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=LIMIT_S, check=False)
     assert done.returncode == -signal.SIGKILL
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
@@ -136,11 +143,21 @@ def test_what_was_killed_goes_on_from_the_command_line(model: Path, tmp_path: Pa
         "step-000002",
     ]
     assert main(["resume", str(run)]) == 0
-    assert learned(run) == learned(tmp_path / "whole")
-    assert weights(run / "model") == weights(tmp_path / "whole" / "model")
+    assert (learned(run), weights(run / "model")) == (learned(whole), weights(whole / "model"))
     entries = [json.loads(line) for line in (run / "checkpoints.jsonl").read_text().splitlines()]
     assert [(entry["step"], entry["life"]) for entry in entries] == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 1), (6, 1)]
     assert names(run) == ["step-000005", "step-000006"]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(project: Path) -> None:
+    run = project / "run"
+    assert main(["sft", str(project / "sft.toml"), "--log_path", str(run), "--dcp_save_interval", "0"]) == 0
+    expected, kept = weights(run / "model"), learned(run)
+    shutil.rmtree(run / "checkpoints")
+    assert main(["resume", str(run)]) == 0
+    assert (weights(run / "model"), learned(run)) == (expected, kept)
+    assert (run / "logs" / "environment.life-0.json").is_file()
+    assert main(["resume", f"{run}:step-000003"]) == 2
 
 
 def test_ctrl_c_leaves_a_checkpoint(model: Path, tmp_path: Path) -> None:

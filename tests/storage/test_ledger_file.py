@@ -300,9 +300,9 @@ class TestWhatCannotBeWritten:
         self, path: Path, open_store: Open, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Another process holds the file: as long as that lasts, nothing is written, and SQLite waits."""
-        monkeypatch.setattr(ledger_file, "MOST_WAITING", 1000)
-        monkeypatch.setattr(ledger_file, "DISK_LIMIT_S", 0.3)
         store = open_store()
+        monkeypatch.setattr(ledger_file, "MANY_WAITING", 1000)
+        monkeypatch.setattr(ledger_file, "DISK_LIMIT_S", 0.3)
         ledger = Ledger(store)
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")

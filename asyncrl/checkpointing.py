@@ -153,7 +153,10 @@ class Checkpointer:
 
     def _commit(self, step: int, entry: Mapping[str, Any]) -> Checkpoint:
         committed = self.folder.commit(step, entry)
-        self.folder.prune(self.config.keep_last, self.config.keep_every)
+        try:
+            self.folder.prune(self.config.keep_last, self.config.keep_every)
+        except OSError as error:  # it is there, whatever becomes of the old ones
+            log.warning("old checkpoints could not be removed", error=repr(error))
         return committed
 
     def _given_up(self, step: int, error: OSError) -> None:

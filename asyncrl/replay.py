@@ -164,8 +164,8 @@ def steps_between(root: Path, first: int, last: int | None) -> list[Record]:
     chosen = [record for record in taken if first < record.step <= last]
     if missing := set(range(first + 1, last + 1)) - {record.step for record in chosen}:
         raise DataError(
-            f"of {root}, step {_some(sorted(missing))} is not recorded: record_samples was off, or the file was cut by "
-            f"a power failure. Start at a checkpoint after step {max(missing)}."
+            f"of {root}, step {_some(sorted(missing))} is not recorded: record_samples was off, or the disk failed. "
+            f"Start at a checkpoint of step {max(missing)} or later."
         )
     return chosen
 

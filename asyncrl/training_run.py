@@ -21,7 +21,7 @@ from asyncrl.config import Config
 from asyncrl.data import Rows
 from asyncrl.ends import canary_tolerance, choose_sampler, open_policy, open_sampler, torch_threads
 from asyncrl.engine import Engine, Record
-from asyncrl.errors import AsyncRLError, StepFailed
+from asyncrl.errors import AsyncRLError, EngineError, StepFailed
 from asyncrl.interrupt import Interrupt
 from asyncrl.lives import Life
 from asyncrl.measure import beside, make_evaluator, policies
@@ -229,7 +229,8 @@ class TrainingRun:
         """Bring to the disk what a checkpoint stands on."""
         await engine.ledger.flush()
         if self.recorder is not None:
-            await self.recorder.flush()
+            with suppress(EngineError):  # the next step tells it; a checkpoint without samples is better than none
+                await self.recorder.flush()
 
     def _open_recorder(self, stack: AsyncExitStack) -> SampleRecorder:
         """With what a replay makes the same trainer from."""

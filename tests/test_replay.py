@@ -181,7 +181,7 @@ class TestWhatCannotBeReplayed:
             if record.step not in (2, 3):
                 recorder.write(record.step, record.chunks())
         recorder.close()
-        with pytest.raises(DataError, match=r"step 2, 3 is not recorded.*Start at a checkpoint after step 3"):
+        with pytest.raises(DataError, match=r"step 2, 3 is not recorded.*Start at a checkpoint of step 3 or later"):
             replay(tmp_path)
 
 

@@ -75,6 +75,7 @@ def save_checkpoint(
     """
     step = _step_of(name, loop_state)
     checkpoints = Checkpoints(Path(log_path))
+    checkpoints.run.mkdir(mode=0o700, parents=True, exist_ok=True)
     if kind == "sampler":
         snapshot = Path(log_path) / "snapshots" / f"step-{step:06d}"
         client.save_model(snapshot)
@@ -103,9 +104,9 @@ def resolve_resume(client: Client, log_path: str | Path, init_from_checkpoint: s
     """
     latest = Checkpoints(Path(log_path)).latest()
     if latest is not None:
-        step = client.load_state_with_optimizer(latest.trainer)
+        client.load_state_with_optimizer(latest.trainer)
         told = latest.state().get("loop_state", {})
-        return ResumeInfo(step, int(told.get("data_consumed", 0)), str(latest.run), told)
+        return ResumeInfo(latest.step, int(told.get("data_consumed", 0)), str(latest.run), told)
     if init_from_checkpoint is None:
         return None
     source = resolve(init_from_checkpoint, Path(log_path).parent)

@@ -109,7 +109,7 @@ def read_columns(facts: Facts, body: bytes) -> dict[str, Array]:
     Raises:
         DataError: these are not the bytes that were written.
     """
-    if len(body) != facts.columns_bytes:
+    if len(body) != facts.columns_bytes or zlib.crc32(body) != facts.crc:
         raise DataError(
             f"the columns of a frame are damaged: found {len(body)} bytes of checksum {zlib.crc32(body)}, expected "
             f"{facts.columns_bytes} of {facts.crc}."

@@ -254,7 +254,7 @@ def _alive(session: int, mark: str) -> Iterator[str]:
 
 def settings_of(model: Path, **changed: Any) -> dict[str, Any]:
     """Of a run of the agent that is killed."""
-    return SETTINGS | {"model": str(model), "record_samples": False} | changed
+    return SETTINGS | {"model": str(model)} | changed
 
 
 ASYNCHRONOUS: dict[str, Any] = {"deterministic": False, "staleness": {"max_staleness": 2}}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from asyncrl.replay import replay
 from tests.durability.agent import make_model
 from tests.durability.harness import ASYNCHRONOUS, Instant, Nursery, Span, Trial, settings_of
 
@@ -65,6 +66,7 @@ def test_at_random_instants(nursery: Nursery, model: Path, undisturbed: tuple[Tr
     trial.examine(reference)
     assert trial.kills
     assert not trial.faults
+    assert not replay(trial.run).differences(), "what its lives have recorded trains the same weights"
 
 
 def test_while_rollouts_run_ahead(

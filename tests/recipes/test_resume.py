@@ -362,7 +362,7 @@ def test_a_loop_of_ones_own_goes_on(model: Path, tmp_path: Path) -> None:
     snapshot = save_checkpoint(first, "step-4", tmp_path / "run", {"step": 4}, kind="sampler")
     found = resolve_resume(trainer(), tmp_path / "run")
     assert found is not None
-    assert (found.data_consumed, found.loop_state["mine"]) == (12, "x")
+    assert (found.step, found.data_consumed, found.loop_state["mine"]) == (3, 12, "x")
     assert found.source_job_id == str(tmp_path / "run")
     entries = [json.loads(line) for line in (tmp_path / "run" / "checkpoints.jsonl").read_text().splitlines()]
     assert [(entry["step"], entry["kind"]) for entry in entries] == [(3, "both"), (4, "sampler")]

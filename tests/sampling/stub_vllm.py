@@ -50,6 +50,9 @@ class StubVllm:
         self.stuck = False
         self.refuses = False
         """New weights."""
+        self.loading = asyncio.Event()
+        """Cleared: new weights take until it is set."""
+        self.loading.set()
         self.running = 0
         self.generated = 0
         self.drawn: list[str] = []
@@ -127,6 +130,7 @@ class StubVllm:
     async def _load_weights(self, request: web.Request) -> web.Response:
         arguments = (await request.json())["kwargs"]
         await asyncio.sleep(0.01)
+        await self.loading.wait()
         if self.refuses:
             return web.json_response({"detail": "no room for the weights"}, status=500)
         self.version = version_in(arguments.get("source") or arguments["weights_path"])
@@ -135,6 +139,7 @@ class StubVllm:
     async def _load_adapter(self, request: web.Request) -> web.Response:
         asked = await request.json()
         await asyncio.sleep(0.01)
+        await self.loading.wait()
         if self.refuses:
             return web.json_response({"detail": "no room for the adapter"}, status=500)
         self.adapters[asked["lora_name"]] = version_in(asked["lora_path"])

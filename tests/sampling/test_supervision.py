@@ -136,6 +136,8 @@ def kill(sampler: VllmSampler, place: int, how: signal.Signals = signal.SIGKILL)
 async def test_what_was_in_flight_is_drawn_on_another_replica(folder: Path, how: signal.Signals) -> None:
     async with started(folder) as sampler:
         await sampler.publish(weights(folder, 1))
+        await asyncio.gather(*(draw(sampler, tokens=50, session=f"early{n}") for n in range(20)))
+        await until_load(sampler, lambda load: load.generated_tokens == 1000)
         tasks = [asyncio.create_task(draw(sampler, tokens=100, session=f"s{n}")) for n in range(20)]
         await until_load(sampler, lambda load: load.running == 20)
         pids = [server.pid for server in sampler.servers]
@@ -144,7 +146,7 @@ async def test_what_was_in_flight_is_drawn_on_another_replica(folder: Path, how:
         await until_up(sampler, 2)
         load = await sampler.load()
         assert (load.replicas_lost, load.running) == (1, 0)
-        assert load.generated_tokens >= 2000  # those of the lost server are not forgotten
+        assert load.generated_tokens >= 3000  # those of the lost server are not forgotten
         assert sampler.servers[0].pid != pids[0]
         assert sampler.servers[1].pid == pids[1]
         sessions = [await draw(sampler, session=f"new{n}") for n in range(4)]  # on both: it serves again
@@ -328,6 +330,42 @@ async def test_server_that_its_owner_restarted_is_given_the_weights_again(folder
         for n in range(4):
             await draw(sampler, session=f"new{n}")
         assert first.drawn
+
+
+async def test_request_leaves_a_server_of_somebody_else_that_hangs() -> None:
+    """Nobody kills that one: its connections stay open, and only we can leave them."""
+    first, other = StubVllm(), StubVllm()
+    async with attached(first, other, lora=True) as (sampler, _):
+        first.deaf = True
+        assert len(await asyncio.gather(*(draw(sampler, session=str(n)) for n in range(6)))) == 6
+        load = await sampler.load()
+        assert (load.replicas_up, load.replicas_lost) == (1, 1)
+        first.deaf = False
+        await until_up(sampler, 2)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+async def test_comeback_in_the_middle_of_a_publication(folder: Path, lora: bool) -> None:
+    """Whoever comes back while the others load the next version must have it too before it serves."""
+    first, other = StubVllm(), StubVllm()
+    async with attached(first, other, lora=lora) as (sampler, ports):
+        await sampler.publish(weights(folder, 1, lora=lora))
+        await other.stop()
+        await until_up(sampler, 1)
+        first.loading.clear()
+        publication = asyncio.create_task(sampler.publish(weights(folder, 2, lora=lora)))
+        await other.start(ports[1])
+        other.adapters.clear()
+        other.version, other.label = 0, "default"
+        await until(lambda: other.adapters.get("policy-v1") == 1 if lora else other.label == "0")
+        await asyncio.sleep(0.3)  # it is ready, and would serve now if nobody looked
+        assert not publication.done()
+        first.loading.set()
+        await publication
+        await until_up(sampler, 2)
+        for stub in (first, other):
+            assert 2 in stub.adapters.values() if lora else stub.version == 2
+        assert await sampler.score([1, 2, 3], 2) == [-0.3, -0.3]
 
 
 async def test_server_of_somebody_else_that_was_away(folder: Path) -> None:

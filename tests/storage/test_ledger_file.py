@@ -9,10 +9,12 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +94,29 @@ class TestWhatIsKept:
         ledger.close()
         _, events = read(path)
         assert [(event.id, event.row) for event in events] == [(row + 1, row) for row in range(3000)]
+
+    async def test_a_flush_waits_for_events_that_came_while_others_were_written(
+        self, path: Path, open_store: Open, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """They are handed over, and flushed, while the thread stands between two looks at what there is."""
+        honest, standing, go_on = ledger_file._taken, threading.Event(), threading.Event()
+
+        def slow(waiting: Any) -> list[Any]:
+            taken = honest(waiting)
+            if not standing.is_set():
+                standing.set()
+                go_on.wait(10)
+            return taken
+
+        ledger = Ledger(open_store())
+        monkeypatch.setattr(ledger_file, "_taken", slow)
+        await asyncio.to_thread(standing.wait, 10)
+        admit(ledger, range(10))
+        flush = asyncio.create_task(ledger.flush())
+        await asyncio.sleep(0)
+        go_on.set()
+        await flush
+        assert len(read(path)[1]) == 10
 
     async def test_it_is_read_while_it_is_written(self, path: Path, open_store: Open) -> None:
         ledger = Ledger(open_store())

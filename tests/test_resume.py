@@ -119,7 +119,8 @@ def test_a_finished_run_goes_on_when_it_gets_more_steps(make_config: MakeConfig)
         rollout, dataset=ROWS, config=make_config(max_steps=5), resume=str(config.run_dir), evaluation=ROWS[:3]
     )
     assert (more.steps, more.resumed_from) == (5, 3)
-    assert before is not None and more.before == before, "what the run started from is not measured again"
+    assert before is not None
+    assert more.before == before, "what the run started from is not measured again"
     assert [evaluated.version for evaluated in more.evaluations] == [0, 5]
     check_run(more.run_dir, 5)
 
@@ -157,7 +158,7 @@ class TestMisuse:
     def test_other_data(self, done: Path, make_config: MakeConfig) -> None:
         config = make_config(max_steps=4, lora={"rank": 4, "alpha": 8})
         for rows in (ROWS[:-1], [*ROWS[:-1], {"n": 3}], [dict(row, more=1) for row in ROWS]):
-            with pytest.raises(CheckpointError, match="the data changed.*checkpoint.init_from"):
+            with pytest.raises(CheckpointError, match=r"the data changed.*checkpoint\.init_from"):
                 asyncrl.train(Rollout(), dataset=rows, config=config, resume=True)
         with pytest.raises(CheckpointError, match="seed is 1 and was 0"):
             asyncrl.train(
@@ -199,7 +200,7 @@ class TestMisuse:
             asyncrl.train(Rollout(), dataset=ROWS, config=make_config(lora={"rank": 4, "alpha": 8}), resume=True)
 
     def test_another_run_dir(self, done: Path, make_config: MakeConfig, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="checkpoint.init_from"):
+        with pytest.raises(ConfigError, match=r"checkpoint\.init_from"):
             asyncrl.train(Rollout(), dataset=ROWS, config=make_config(run_dir=tmp_path / "b"), resume=str(done))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from asyncrl.errors import SamplerError
+from asyncrl.errors import SamplerError, SamplerRequestError
 from asyncrl.sampling.endpoint import Endpoint
 from asyncrl.sampling.params import GENERATE_PATH
 
@@ -25,7 +25,7 @@ async def connect(endpoint: Endpoint, *, lora: bool) -> None:
     A server of somebody else is checked, and cleared of what an earlier run, or this one, left in it.
     Raises `SamplerError` that names the flag that is missing, `SamplerRequestError` when there is no answer.
     """
-    models = json.loads(await endpoint.get("/v1/models", timeout_s=ANSWER_TIMEOUT_S))["data"]
+    models = (await _get(endpoint, "/v1/models"))["data"]
     endpoint.model, endpoint.context_tokens = models[0]["root"], models[0]["max_model_len"]
     if endpoint.server is None:
         await _check_flags(endpoint, lora=lora)
@@ -36,24 +36,30 @@ async def connect(endpoint: Endpoint, *, lora: bool) -> None:
 
 async def loaded_models(endpoint: Endpoint) -> set[str]:
     """Names of the base model and the adapters that the server knows."""
-    models = json.loads(await endpoint.get("/v1/models", timeout_s=ANSWER_TIMEOUT_S))["data"]
-    return {model["id"] for model in models}
+    return {model["id"] for model in (await _get(endpoint, "/v1/models"))["data"]}
 
 
 async def weight_label(endpoint: Endpoint) -> str:
     """How the server labels its tokens; "default" where nobody said."""
-    answer = json.loads(await endpoint.get("/weight_info", timeout_s=ANSWER_TIMEOUT_S))
-    return str(answer["weight_version"])
+    return str((await _get(endpoint, "/weight_info"))["weight_version"])
+
+
+async def _get(endpoint: Endpoint, path: str) -> Any:
+    text = await endpoint.get(path, timeout_s=ANSWER_TIMEOUT_S)
+    try:
+        return json.loads(text)
+    except ValueError:  # something else answers there now
+        raise SamplerRequestError(f"{endpoint.name}: {path} answered no JSON but {text[:100]!r}") from None
 
 
 async def _check_flags(endpoint: Endpoint, *, lora: bool) -> None:
-    paths = json.loads(await endpoint.get("/openapi.json", timeout_s=ANSWER_TIMEOUT_S))["paths"]
+    paths = (await _get(endpoint, "/openapi.json"))["paths"]
     needs = NEEDS | (NEEDS_LORA if lora else NEEDS_FULL)
     missing = [f"{path} (needs {flag})" for path, flag in needs.items() if path not in paths]
     if missing:
         raise SamplerError(f"{endpoint.name} has no {', no '.join(missing)}. docs/vllm.md has the whole command line.")
     await endpoint.load()  # raises where the stats are switched off
-    settings = json.loads(await endpoint.get("/server_info?config_format=json", timeout_s=ANSWER_TIMEOUT_S))
+    settings = await _get(endpoint, "/server_info?config_format=json")
     _check_settings(endpoint, settings["vllm_config"], lora=lora)
 
 

@@ -74,7 +74,7 @@ class Endpoint:
         text = await self._ask("POST", path, timeout_s, json=body, params=params)
         return json.loads(text) if text.startswith(("{", "[")) else None
 
-    async def get(self, path: str, *, timeout_s: float) -> str:
+    async def get(self, path: str, *, timeout_s: float | None) -> str:
         """The text of the answer. Raises as `_ask` does."""
         return await self._ask("GET", path, timeout_s)
 

@@ -64,7 +64,7 @@ class Server:
         # Appended to: why the process before this one ended is what one wants to read.
         with launch.log.open("ab") as log, anyio.CancelScope(shield=True):  # no process without an owner
             self._log_begins = log.tell()
-            self._process = await asyncio.create_subprocess_exec(
+            process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", str(GUARD), str(GRACE_S), *launch.argv),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
@@ -72,8 +72,8 @@ class Server:
                 env={**os.environ, **launch.env},
                 start_new_session=True,
             )
-        self.launch, self.obituary, self._ended = launch, None, anyio.Event()
-        self._watcher = asyncio.create_task(self._watch(self._process), name=f"watch {launch.name}")
+        self.launch, self.obituary, self._process, self._ended = launch, None, process, anyio.Event()
+        self._watcher = asyncio.create_task(self._watch(process), name=f"watch {launch.name}")
         logger.info("vllm server starting", server=launch.name, url=launch.url, log=str(launch.log))
 
     @property

@@ -21,7 +21,7 @@ from asyncrl.sampling.fleet import Fleet, headline
 from asyncrl.sampling.launch import Launch
 from asyncrl.sampling.replica import EXIT_NOTICE_S, Replica
 from asyncrl.sampling.server import wait_until_ready
-from asyncrl.sampling.vitals import QUICK_DEATHS, SILENCE_S, Pulse
+from asyncrl.sampling.vitals import ANSWER_S, QUICK_DEATHS, Pulse
 
 WATCH_EVERY_S = 1.0
 """How often a replica is asked how it is: a few ms of its time."""
@@ -103,10 +103,15 @@ class Supervisor:
 
     async def _examine(self, replica: Replica, pulse: Pulse) -> None:
         try:
-            with anyio.move_on_after(SILENCE_S):
-                await replica.endpoint.get("/health", timeout_s=SILENCE_S)
-                busy = 0 if replica.endpoint.replacing else replica.in_flight
-                pulse.answered(await replica.observe(), _now(), requests=busy)
+            with anyio.move_on_after(ANSWER_S) as silence:
+                await replica.endpoint.get("/health", timeout_s=None)
+                load = await replica.observe()
+            if silence.cancelled_caught:
+                pulse.silent()
+                return
+            busy = 0 if replica.endpoint.replacing else replica.in_flight
+            pulse.answered(load, _now(), requests=busy)
+            with anyio.move_on_after(ANSWER_S):  # the label is in the engine, which may be in the middle of a long step
                 if replica.endpoint.server is None and (cause := await self._forgot(replica)):
                     self._fleet.lose(replica, cause)
         except Unreachable:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from asyncrl.sampling.load import EngineLoad
 
-SILENCE_S = 30.0
-"""A server that gives no answer at all for so long hangs. Its HTTP side does not wait for the engine: it answers in
-milliseconds, and in seconds on a CPU that everything shares."""
+ANSWER_S = 10.0
+"""How long a server may take to say how it is. Its HTTP side does not wait for the engine: it answers in milliseconds,
+and in seconds on a CPU that everything shares."""
+
+SILENCES = 3
+"""Questions in a row without any answer: the server hangs. Of one alone this process may be to blame, where something
+blocks its event loop."""
 
 REFUSALS = 2
 """Connections in a row that nobody takes, at least a second apart: the server is gone, or the way to it."""
@@ -18,7 +22,7 @@ LONGEST_DELAY_S = 60.0
 
 
 class Pulse:
-    """One replica in rotation. Owns when it last answered, and when its engine last moved.
+    """One replica in rotation. Owns what it did not answer, and when its engine last moved.
 
     `stuck_s`: its engine may do nothing for so long while requests are with it. One engine step, the prefill of a whole
     batch on a CPU say, moves nothing until it ends.
@@ -26,16 +30,20 @@ class Pulse:
 
     def __init__(self, now: float, stuck_s: float) -> None:
         self._stuck_s = stuck_s
-        self._answered_at = now
         self._moved_at = now
         self._seen: EngineLoad | None = None
+        self._silent = 0
         self._refused = 0
 
     def answered(self, load: EngineLoad, now: float, *, requests: int) -> None:
         """The replica said how busy it is; `requests` are with it and should make it move."""
-        self._answered_at, self._refused = now, 0
+        self._silent = self._refused = 0
         if load != self._seen or not requests:
             self._moved_at, self._seen = now, load
+
+    def silent(self) -> None:
+        """It said nothing for `ANSWER_S`."""
+        self._silent += 1
 
     def refused(self) -> bool:
         """Nobody took the connection. Returns whether that is enough."""
@@ -46,8 +54,8 @@ class Pulse:
         """What is wrong with it; None where nothing is."""
         if self._refused >= REFUSALS:
             return "it takes no connections"
-        if now - self._answered_at >= SILENCE_S:
-            return f"it has not answered for {now - self._answered_at:.0f} s"
+        if self._silent >= SILENCES:
+            return f"it has not answered for {self._silent * ANSWER_S:.0f} s"
         if now - self._moved_at >= self._stuck_s:
             return f"its engine has drawn no token for {now - self._moved_at:.0f} s, though requests are with it"
         return None

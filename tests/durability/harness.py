@@ -55,6 +55,7 @@ class Nursery:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._process.kill()  # it has nothing to bring to an end
         with self._process:  # closes its pipes, and waits
             pass
 

@@ -35,9 +35,8 @@ def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
         "server.POLL_S": 0.02,
         "server.GRACE_S": 0.5,
         "supervisor.WATCH_EVERY_S": 0.05,
-        "supervisor.SILENCE_S": 1.0,
+        "supervisor.ANSWER_S": 0.3,
         "supervisor.POLL_S": 0.05,
-        "vitals.SILENCE_S": 1.0,
         "vitals.LONGEST_DELAY_S": 0.05,
         "replica.EXIT_NOTICE_S": 1.5,
     }.items():

@@ -12,6 +12,7 @@ from asyncrl.storage.checkpoints import Checkpoint, Checkpoints, resolve
 
 
 def save(run: Path, step: int) -> Checkpoint:
+    run.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(run)
     unfinished = checkpoints.begin(step)
     (unfinished / "trainer").mkdir()
@@ -29,7 +30,8 @@ def test_what_was_committed_is_found_and_listed(tmp_path: Path) -> None:
     save(tmp_path, 3)
     save(tmp_path, 1_000_012)
     latest = Checkpoints(tmp_path).latest()
-    assert latest is not None and latest.step == 1_000_012
+    assert latest is not None
+    assert latest.step == 1_000_012
     assert latest.state() == {"loop": {"step": 1_000_012}}
     lines = [json.loads(line) for line in (tmp_path / "checkpoints.jsonl").read_text().splitlines()]
     assert [(line["name"], line["step"], line["reason"]) for line in lines] == [

@@ -59,7 +59,7 @@ class PolicyContext:
         self.endpoint = endpoint
         """Where agent programs reach the policy; None: nowhere."""
         self.seed = seed
-        """Each request is drawn from a seed made of this, its rollout and its tokens; None: the sampler draws freely."""
+        """Each request gets a seed made of this, its rollout and its tokens; None: the sampler draws freely."""
         self._load_tokenizer = load_tokenizer
         self.totals: Counter[str] = Counter()
         """What happened to transcripts, in all rollouts since the last step record."""

@@ -87,8 +87,10 @@ class StubVllm:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        if self.deaf:
-            await asyncio.Event().wait()
+        while True:
+            if not self.deaf:
+                break
+            await asyncio.sleep(0.02)
         if self.key and request.path not in OPEN and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.Response(status=401)
         response: web.StreamResponse = await handler(request)

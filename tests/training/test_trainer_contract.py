@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
 from collections.abc import AsyncIterator
@@ -95,3 +96,15 @@ async def test_the_loop_goes_on_while_the_disk_is_slow(tmp_path: Path, monkeypat
         again = await trainer.save_state(tmp_path / "again")
         await again
     assert json.loads((tmp_path / "state" / "facts.json").read_text())["step"] == 0
+
+
+async def test_a_failure_that_nobody_waits_for_is_no_noise(tmp_path: Path) -> None:
+    heard: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: heard.append(context))
+    async with ThreadedTrainer(
+        Config(model=model_folder("llama")), total_steps=None, weights_format="tensors"
+    ) as trainer:
+        await trainer.save_state(tmp_path)  # it exists
+        await asyncio.sleep(0)
+        gc.collect()
+    assert heard == []

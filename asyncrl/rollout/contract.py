@@ -15,7 +15,7 @@ from itertools import compress, islice
 from typing import Any
 
 from asyncrl.errors import RolloutContractError
-from asyncrl.rollout.failures import brief, message
+from asyncrl.rollout.failures import brief, describe
 from asyncrl.rollout.turns import turns
 from asyncrl.types import RolloutRun, RolloutSample
 
@@ -166,27 +166,27 @@ def _converted(
 ) -> list[Any]:
     """A list of its own of what the user wrote, whatever that is. It is never walked beyond `most`, so that nothing
     without an end holds up the event loop."""
+    why = ""
     try:
-        return convert(_listed(name, values, most))
+        if (items := _listed(name, values, most)) is not None:
+            return convert(items)
     except RolloutContractError:
         raise
     except Exception as error:  # of the user's __iter__, __index__, __float__, ...: whatever it is, it is no number
-        raise RolloutContractError(
-            f"{name} of {of} is {_described(values)}. Expected a sequence of {wanted}. ({type(error).__name__}: "
-            f"{message(error)})"
-        ) from None
+        why = f" ({describe(error)})"
+    raise RolloutContractError(f"{name} of {of} is {_described(values)}. Expected a sequence of {wanted}.{why}")
 
 
-def _listed(name: str, values: Any, most: int) -> Iterable[Any]:
-    """`values` when they are a sequence of at most `most`. A str is one of letters, a set has no order."""
+def _listed(name: str, values: Any, most: int) -> Iterable[Any] | None:
+    """`values` when they are a sequence of at most `most`, else None. A str is one of letters, a set has no order."""
     plain = type(values) is list or type(values) is tuple
     if not plain and (isinstance(values, str | bytes | bytearray | Mapping | Set) or not isinstance(values, Sized)):
-        raise TypeError(f"it is a {type(values).__name__}")
+        return None
     count = len(values)
     if count > most:
         raise RolloutContractError(
-            f"{name} has {count} entries, more than the longest sample that is trained, {most}. Expected fewer: raise "
-            "max_seq_len if the model allows it, or end such rollouts earlier."
+            f"{name} has {count} entries, more than the {most} that are trained at most. Expected fewer: raise "
+            "max_seq_len if it is that and the model allows it, or end such rollouts earlier."
         )
     if plain:
         return values  # type: ignore[no-any-return]

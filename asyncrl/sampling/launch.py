@@ -259,7 +259,7 @@ def root_error(log: str) -> str | None:
     others: list[str] = []
     for line in re.finditer(r"^(.*?)((?:[\w.]+\.)?\w*(?:Error|Exception): .+)$", log, re.MULTILINE):
         prefix, error = line.groups()
-        if "See root cause above" not in error and "See stack trace" not in error:
+        if " WARNING " not in prefix and "See root cause above" not in error and "See stack trace" not in error:
             (engines if "EngineCore" in prefix else others).append(error)
     told = engines or others
     return told[-1] if told else None

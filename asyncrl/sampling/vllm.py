@@ -224,7 +224,18 @@ class VllmSampler:
         ready = partial(self._ready, request.version)
         completion = await self._limited("a completion", self._fleet.ask(request.session, draw, ready))
         check_pinned(request.version, completion.versions)
+        await self._check_live(max(completion.versions))
         return completion
+
+    async def _check_live(self, newest: int) -> None:
+        """A replica that holds the next full weights goes on with what it has in flight, while others still load them:
+        nobody shall see a version before it is live."""
+        if newest > self.version:
+            await self._live.until_open()
+        if newest > self.version:
+            raise SamplerRequestError(
+                f"version {newest} drew a part of this completion, but its replica was lost before that was live."
+            )
 
     async def _ready(self, version: int | None) -> None:
         """Wait until a request for `version` can be sent. Raises when there is no such version."""

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from asyncrl.storage import ledger_file
+
 MARK = "ASYNCRL_TEST_VICTIM"
 """An environment variable: what a victim starts inherits it."""
 IMPORTED = (
@@ -115,6 +117,8 @@ def _be_victim(order: Order, tell: int) -> None:
             os.dup2(log, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         touches = _Touches(order)
+        if order.before_touch is not None:
+            ledger_file.WRITE_EVERY_S = order.limit_s  # nothing of it is there but what a commit waited for
         _train(order.settings)
         os.write(tell, str(touches.count).encode())
         code = 0

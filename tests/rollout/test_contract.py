@@ -51,7 +51,10 @@ def test_what_is_masked_may_hold_anything() -> None:
         ({"tokens": [5, 6.5, 7]}, "Expected a sequence of integers"),
         ({"tokens": "abc"}, "Expected a sequence of integers"),
         ({"tokens": None}, "Expected a sequence of integers"),
-        ({"tokens": [1] * 9, "logprobs": [0.0] * 9, "loss_mask": [0, *[1] * 8]}, "tokens has 9 entries, more than the longest sample that is trained, 8"),
+        (
+            {"tokens": [1] * 9, "logprobs": [0.0] * 9, "loss_mask": [0, *[1] * 8]},
+            "tokens has 9 entries, more than the 8 that are trained at most",
+        ),
         ({"logprobs": [0.0, float("nan"), -1.0]}, r"logprobs\[1\] is nan"),
         ({"logprobs": [0.0, -0.5, float("-inf")]}, r"logprobs\[2\] is -inf"),
         ({"logprobs": [0.0, -0.5, 0.7]}, r"logprobs\[2\] is 0.7"),

@@ -53,6 +53,9 @@ class StubVllm:
         self.loading = asyncio.Event()
         """Cleared: new weights take until it is set."""
         self.loading.set()
+        self.going = asyncio.Event()
+        """Cleared while it is paused."""
+        self.going.set()
         self.running = 0
         self.generated = 0
         self.drawn: list[str] = []
@@ -68,8 +71,8 @@ class StubVllm:
         app.router.add_get("/server_info", self._server_info)
         app.router.add_get("/weight_info", self._weight_info)
         app.router.add_post("/play", self._play)
-        app.router.add_post("/pause", self._ok)
-        app.router.add_post("/resume", self._ok)
+        app.router.add_post("/pause", self._pause)
+        app.router.add_post("/resume", self._resume)
         app.router.add_post("/update_weight_version", self._set_label)
         app.router.add_post("/collective_rpc", self._load_weights)
         app.router.add_post("/v1/load_lora_adapter", self._load_adapter)
@@ -97,6 +100,14 @@ class StubVllm:
         return response
 
     async def _ok(self, request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _pause(self, request: web.Request) -> web.Response:
+        self.going.clear()
+        return web.Response()
+
+    async def _resume(self, request: web.Request) -> web.Response:
+        self.going.set()
         return web.Response()
 
     async def _play(self, request: web.Request) -> web.Response:
@@ -158,7 +169,7 @@ class StubVllm:
         name = asked.get("model")
         if name is not None and name not in self.adapters:
             return web.json_response({"error": {"message": f"The model {name} does not exist."}}, status=404)
-        version, label = (self.version, self.label) if name is None else (self.adapters[name], name)
+        version = self.adapters[name] if name is not None else None
         drawn = asked["sampling_params"]
         self.running += 1
         try:
@@ -166,9 +177,12 @@ class StubVllm:
                 await asyncio.sleep(self.seconds_per_token)
                 if self.stuck:
                     await asyncio.Event().wait()
+                await self.going.wait()
                 self.generated += 1
         finally:
             self.running -= 1
+        # Full weights that come in the middle draw the rest; here: all of it.
+        version, label = (self.version, self.label) if version is None else (version, str(name))
         self.drawn.append(label)
         return web.json_response(self._answer(asked["token_ids"], drawn, version, label))
 

@@ -367,6 +367,24 @@ async def test_comeback_in_the_middle_of_a_publication(folder: Path, lora: bool)
         assert await sampler.score([1, 2, 3], 2) == [-0.3, -0.3]
 
 
+async def test_no_completion_is_ahead_of_the_versions_that_are_live(folder: Path) -> None:
+    """One replica has the next weights and goes on drawing, another still loads them."""
+    first, other = StubVllm(), StubVllm()
+    async with attached(first, other, lora=False) as (sampler, _):
+        await sampler.publish(weights(folder, 1, lora=False))
+        other.loading.clear()
+        first.seconds_per_token = other.seconds_per_token = 0.02
+        tasks = [asyncio.create_task(draw(sampler, tokens=20, session=str(n))) for n in range(2)]
+        await until_load(sampler, lambda load: load.running == 2)
+        publication = asyncio.create_task(sampler.publish(weights(folder, 2, lora=False)))
+        await until(lambda: first.drawn == ["2"])
+        await asyncio.sleep(0.1)
+        assert [sampler.version, publication.done(), *(task.done() for task in tasks)] == [1, False, False, False]
+        other.loading.set()
+        assert [set((await task).versions) for task in tasks] == [{2}, {2}]
+        assert sampler.version == 2
+
+
 async def test_server_of_somebody_else_that_was_away(folder: Path) -> None:
     first, other = StubVllm(), StubVllm()
     async with attached(first, other, lora=True) as (sampler, ports):

@@ -324,6 +324,7 @@ def test_ports_are_free_and_differ(tmp_path: Path) -> None:
 LOG = """\
 (EngineCore pid=2) ERROR 11-21 00:50:52 [core.py:1] torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB
 (APIServer pid=1)   File "x.py", line 1
+(EngineCore pid=2) WARNING 11-21 00:50:53 [utils.py:9] Low limits can cause errors like OSError: [Errno 24] Too many
 RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
 """
 

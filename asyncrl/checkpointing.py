@@ -14,8 +14,9 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import structlog
 
@@ -26,7 +27,9 @@ from asyncrl.run_state import RunState
 from asyncrl.storage.checkpoints import Checkpoint, Checkpoints, write_file
 from asyncrl.storage.samples import decode_groups, encode_groups
 from asyncrl.types import Trainer
+from asyncrl.workers import Threads
 
+T = TypeVar("T")
 Reason = Literal["interval", "final", "failure"]
 
 LEAST_S = 60.0
@@ -61,6 +64,7 @@ class Checkpointer:
     _last_at: float = field(default_factory=time.monotonic)
     _began_at: float = 0.0
     _task: asyncio.Task[None] | None = None
+    _threads: Threads = field(default_factory=lambda: Threads(1))
 
     def due(self, step: int) -> bool:
         """Whether to save after `step`."""
@@ -73,19 +77,22 @@ class Checkpointer:
     async def save(self, state: RunState, reason: Reason = "interval") -> None:
         """Returns when the trainer may go on; the rest comes to the disk meanwhile.
 
+        Where the one before is still being written, it is waited for if the steps are named (`keep_every` counts on
+        them), and this one is left to a later step if they are not.
+
         Raises:
             EngineError: the one before did not come to the disk within `checkpoint.timeout_s`.
         """
         if self._task is not None and not self._task.done():
-            if time.monotonic() - self._began_at > self.config.timeout_s:
-                raise self._too_slow()
-            log.info("no checkpoint yet: the one before is still being written", step=state.step)
-            return  # it stays due
+            if self.config.interval is None and time.monotonic() - self._began_at <= self.config.timeout_s:
+                log.info("no checkpoint yet: the one before is still being written", step=state.step)
+                return
+            await self._written()
         self._due = False
         self._began_at = self._last_at = time.monotonic()
         about = {**self.about(), "life": self.life}  # as it is now, not when the disk is done
         try:
-            unfinished = await asyncio.to_thread(self.folder.begin, state.step)
+            unfinished = await self._on_disk(self.folder.begin, state.step)
             written = await self.trainer.save_state(unfinished / "trainer")
         except OSError as error:
             self._given_up(state.step, error)
@@ -120,8 +127,7 @@ class Checkpointer:
             return
         left_s = max(0.0, self._began_at + self.config.timeout_s - time.monotonic())
         done, _ = await asyncio.wait([self._task], timeout=left_s)
-        if not done:
-            self._task.cancel()
+        if not done:  # it stays the one that is written: nothing else can be, and each wait for it ends here
             raise self._too_slow()
         self._task.result()
 
@@ -134,7 +140,7 @@ class Checkpointer:
         reason: Reason,
     ) -> None:
         try:
-            await asyncio.to_thread(_write_loop, state, about, unfinished)
+            await self._on_disk(_write_loop, state, about, unfinished)
             await written
             await self.flush()
             entry = {
@@ -143,13 +149,18 @@ class Checkpointer:
                 "groups_waiting": len(state.groups),
                 "ledger_position": state.loop["ledger"]["position"],
             }
-            self.last = await asyncio.to_thread(self._commit, state.step, entry)
+            self.last = await self._on_disk(self._commit, state.step, entry)
             self._waiting = len(state.groups)
         except OSError as error:
             self._given_up(state.step, error)
         else:
             seconds = round(time.monotonic() - self._began_at, 3)
             log.info("checkpoint", step=state.step, seconds=seconds, stood_still_s=round(self.cost_s, 4))
+
+    async def _on_disk(self, call: Callable[..., T], *arguments: Any) -> T:
+        """In a daemon thread: a disk that never answers does not hold up the end of the process either."""
+        outcome = await self._threads.run(partial(call, *arguments), "a checkpoint", 2 * self.config.timeout_s)
+        return outcome.unwrap()
 
     def _commit(self, step: int, entry: Mapping[str, Any]) -> Checkpoint:
         committed = self.folder.commit(step, entry)

@@ -29,6 +29,8 @@ Else one checkpoint: its name in `config.run_dir`, a run folder, `RUN:step-00001
 class Life:
     """One process working on a run."""
 
+    config: Config
+    """That of the run: `checkpoint.init_from` is the checkpoint that it meant when the run began."""
     folder: RunFolder
     store: LedgerStore
     data: Mapping[str, Any]
@@ -60,7 +62,7 @@ def open_life(config: Config, rows: Rows, resume: Resume) -> Iterator[Life]:
     if checkpoint is not None:
         refuse_other_recipe(checkpoint, "train")
         refuse_other_data(checkpoint, data)
-    config = config.model_copy(update={"run_dir": root}) if root is not None else config
+    config = _settled(config, checkpoint, root)
     goes_on = bool(resume) and root is not None and RunFolder(root).exists()
     folder = RunFolder(root.absolute(), config.export_name) if goes_on and root else RunFolder.create(config)
     with folder.lock():
@@ -69,7 +71,7 @@ def open_life(config: Config, rows: Rows, resume: Resume) -> Iterator[Life]:
             folder.ledger, resumed_at=position if goes_on else None, bounds=Bounds.of(config, len(rows))
         )
         try:
-            life = Life(folder, store, data, checkpoint)
+            life = Life(config, folder, store, data, checkpoint)
             if goes_on:
                 folder.begin_life(config, life.number)
                 Checkpoints(folder.root).go_on_from(checkpoint, life.number)
@@ -77,6 +79,17 @@ def open_life(config: Config, rows: Rows, resume: Resume) -> Iterator[Life]:
             yield life
         finally:
             store.close()
+
+
+def _settled(config: Config, checkpoint: Checkpoint | None, root: Path | None) -> Config:
+    """`config` with what it leaves open: another run that it begins from may go on, and a KL refers to it all along."""
+    first = config.checkpoint.init_from
+    if checkpoint is not None:
+        first = checkpoint.state()["init_from"]
+    elif first is not None:
+        first = str(resolve(first, root.absolute().parent if root is not None else None).folder.absolute())
+    start = config.checkpoint.model_copy(update={"init_from": first})
+    return config.model_copy(update={"run_dir": root, "checkpoint": start})
 
 
 def _known(checkpoint: Checkpoint | None) -> tuple[int | None, list[int]]:

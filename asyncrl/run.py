@@ -103,7 +103,8 @@ async def train_async(
     interrupt = interrupt or Interrupt()
     rows = load_rows(_dataset_of(config, dataset))
     measure = evaluation_function(evaluation, evaluation_samples, config.evaluation)
-    facts = await asyncio.to_thread(read_facts, config.model, config.max_seq_len)
+    with Watchdog(config.stall_timeout_s).phase("reading the settings of the model"):  # from the hub, perhaps
+        facts = await asyncio.to_thread(read_facts, config.model, config.max_seq_len)
     total_steps = steps_at_most(config, len(rows))
     _silence_progress_bars()
     with (
@@ -115,9 +116,13 @@ async def train_async(
         from asyncrl.training.thread import ThreadedTrainer  # what its imports have to say goes into the log
 
         watchdog = Watchdog(config.stall_timeout_s, life.folder.root / "stalled.txt")
-        run = TrainingRun(config, facts, life, live, interrupt, watchdog, ThreadedTrainer, total_steps)
+        run = TrainingRun(life.config, facts, life, live, interrupt, watchdog, ThreadedTrainer, total_steps)
         try:
-            with full_disk_named(life.folder.root), LastResort(watchdog, interrupt, config.stop_timeout_s):
+            with (
+                full_disk_named(life.folder.root),
+                LastResort(watchdog, interrupt, config.stop_timeout_s),
+                watchdog.phase("opening what it needs"),  # whatever has no phase of its own
+            ):
                 result = await run.run(rollout, rows, measure)
         except AsyncRLError as error:
             run.conclude_failure(error)
@@ -156,25 +161,27 @@ async def evaluate_async(
     require_rollout(rollout)
     rows = load_rows(_dataset_of(config, dataset if dataset is not None else config.evaluation.dataset))
     config, adapter = split_adapter(config)
-    facts = await asyncio.to_thread(read_facts, config.model, config.max_seq_len)
     logs = Path(config.run_dir or ".") / "evaluation"
     setup = RolloutSetup(config, logs, lambda: load_tokenizer(config.model))
     ended: Counter[str] = Counter()
     watchdog = Watchdog(config.stall_timeout_s)
-    async with AsyncExitStack() as stack:
-        stack.enter_context(LastResort(watchdog, interrupt or Interrupt(), config.stop_timeout_s))
-        stack.enter_context(watchdog.phase("evaluating", marks=lambda: ended["rollouts"]))
-        sampler = await stack.enter_async_context(open_sampler(config, facts, logs))
-        function = await stack.enter_async_context(open_rollout(rollout, setup))
-        if adapter is not None:
-            await sampler.publish(adapter_weights(adapter, sampler))
-        context = await stack.enter_async_context(open_policy(config, facts, sampler))
-        return await make_evaluator(config, facts, function, context).run(
-            rows,
-            samples or config.evaluation.samples,
-            room=anyio.Semaphore(concurrency_alone(config)),
-            on_end=lambda: ended.update(rollouts=1),
-        )
+    with (
+        LastResort(watchdog, interrupt or Interrupt(), config.stop_timeout_s),
+        watchdog.phase("evaluating", marks=lambda: ended["rollouts"]),
+    ):
+        async with AsyncExitStack() as stack:
+            facts = await asyncio.to_thread(read_facts, config.model, config.max_seq_len)
+            sampler = await stack.enter_async_context(open_sampler(config, facts, logs))
+            function = await stack.enter_async_context(open_rollout(rollout, setup))
+            if adapter is not None:
+                await sampler.publish(adapter_weights(adapter, sampler))
+            context = await stack.enter_async_context(open_policy(config, facts, sampler))
+            return await make_evaluator(config, facts, function, context).run(
+                rows,
+                samples or config.evaluation.samples,
+                room=anyio.Semaphore(concurrency_alone(config)),
+                on_end=lambda: ended.update(rollouts=1),
+            )
 
 
 # Parts

@@ -217,6 +217,7 @@ class TrainingRun:
             about=lambda: {
                 "asyncrl": asyncrl.__version__,
                 "model": config.model,
+                "init_from": config.checkpoint.init_from,
                 "data": life.data,
                 "evaluations": evaluations.found(),
             },
@@ -360,6 +361,7 @@ class TrainingRun:
 
     def conclude(self, result: TrainResult) -> None:
         """Write the summary, and say how it went and where the time went."""
+        self.live.catch_up()
         self.life.folder.write_summary(result.summary())
         if self.account.steps:
             self.live.note(where_time_went(self.account))

@@ -138,7 +138,7 @@ class Watchdog:
         phase.timer = phase.loop.call_later(phase.limit_s / LOOKS, self._look, phase)
 
     def report(self, headline: str, loop: asyncio.AbstractEventLoop | None = None) -> str:
-        """Write who waits for what to the report file. Returns the gist, the culprit first.
+        """Write who waits for what to the report file. Returns the gist, the culprit first; all where there is no file.
 
         `loop` is needed in a thread without a running one.
         """
@@ -146,7 +146,7 @@ class Watchdog:
         loop = loop or asyncio.get_running_loop()
         full = [*gist, "", "Tasks", "", *tasks_report(asyncio.all_tasks(loop)), "", "Threads", "", *threads_report()]
         if self.report_file is None:
-            return "\n".join(gist)
+            return "\n".join(full)
         try:
             _write(self.report_file, f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, process {os.getpid()}", full)
         except OSError as error:  # a full disk, a folder that is gone: then all of it goes where the gist goes

@@ -65,8 +65,7 @@ class LiveView:
         if self._live is not None:
             self._live.stop()
             self._live = None
-        elif self._mode == "plain" and self._last_line_step < self._progress.step:
-            self._print_line()
+        self.catch_up()
 
     def render(self) -> Any:
         """The panel as it would be drawn now."""
@@ -78,6 +77,11 @@ class LiveView:
         now = self._clock()
         due = self._last_line_at is None or now - self._last_line_at >= PLAIN_INTERVAL_S
         if self._mode == "plain" and (due or self._progress.step == self._progress.total_steps):
+            self._print_line()
+
+    def catch_up(self) -> None:
+        """Print the line of the last step now, before what is said about the end of the run."""
+        if self._mode == "plain" and self._last_line_step < self._progress.step:
             self._print_line()
 
     def gauges(self, values: StepRecord) -> None:

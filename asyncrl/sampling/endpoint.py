@@ -83,7 +83,8 @@ class Endpoint:
         try:
             status, text = await self._exchange(method, path, timeout_s, **content)
         except TimeoutError as error:
-            raise SamplerRequestError(f"{self.name} did not answer {path} within {timeout_s:g} s") from error
+            limit = f"within {timeout_s:g} s" if timeout_s is not None else "in time"
+            raise SamplerRequestError(f"{self.name} did not answer {path} {limit}") from error
         except aiohttp.ClientError as error:
             raise Unreachable(f"{self.name}: connection lost during {path}: {error!r}") from error
         if status == 200:

@@ -130,7 +130,7 @@ def read_spans(spans: Sequence[Mapping[str, Any]] | None, count: int) -> list[in
         raise SamplerRequestError(
             f"vLLM did not say which weights drew the tokens: {count} tokens, weight_versions {spans!r}. Expected "
             "spans labelled by this run; use vLLM >= 0.32, and let nothing else update the weights of this server.",
-            recoverable=False,
+            recoverable=bool(spans),  # a server that was started again is labelled anew as soon as that is seen
         )
     return versions
 

@@ -171,22 +171,22 @@ async def serve(launches: Sequence[Launch], timeout_s: float) -> AsyncIterator[l
 
 async def wait_until_ready(servers: Sequence[Server], timeout_s: float) -> None:
     """Wait until each server answers /health. Raises `SamplerError` at once when one ends."""
-    began = time.monotonic()
     waiting = list(servers)
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as http:
-        while waiting:
-            for server in servers:
-                if server.obituary is not None:
-                    raise SamplerError(server.obituary)
-            waiting = [server for server in waiting if not await _healthy(http, server.launch.url)]
-            if waiting and time.monotonic() - began > timeout_s:
-                slow = waiting[0]
-                raise SamplerError(
-                    f"vLLM replica {slow.launch.name} was not ready after sampler.start_timeout_s={timeout_s:g} s. "
-                    f"Raise it if the model is large. The end of {slow.launch.log}:\n{slow.log_tail()}"
-                )
-            if waiting:
+        with anyio.move_on_after(timeout_s):
+            while True:
+                for server in servers:
+                    if server.obituary is not None:
+                        raise SamplerError(server.obituary)
+                waiting = [server for server in waiting if not await _healthy(http, server.launch.url)]
+                if not waiting:
+                    return
                 await anyio.sleep(POLL_S)
+    slow = waiting[0]
+    raise SamplerError(
+        f"vLLM replica {slow.launch.name} was not ready after sampler.start_timeout_s={timeout_s:g} s. "
+        f"Raise it if the model is large. The end of {slow.launch.log}:\n{slow.log_tail()}"
+    )
 
 
 async def _healthy(http: aiohttp.ClientSession, url: str) -> bool:

@@ -22,6 +22,7 @@ from asyncrl.sampling.launch import Launch
 from asyncrl.sampling.replica import EXIT_NOTICE_S, Replica
 from asyncrl.sampling.server import wait_until_ready
 from asyncrl.sampling.vitals import ANSWER_S, QUICK_DEATHS, Pulse
+from asyncrl.standstill import where
 
 WATCH_EVERY_S = 1.0
 """How often a replica is asked how it is: a few ms of its time."""
@@ -68,6 +69,7 @@ class Supervisor:
         self._forgot = forgot
         self._relaunch = relaunch
         self._scope = anyio.CancelScope()
+        self._keepers: dict[Replica, asyncio.Task[object]] = {}
 
     async def run(self) -> None:
         """Until it is stopped, or no replica will come back."""
@@ -81,6 +83,9 @@ class Supervisor:
         self._scope.cancel()
 
     async def _keep(self, replica: Replica) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._keepers[replica] = task
         while True:
             await self._watch(replica)
             replica.comeback.lost(served=replica.served)
@@ -176,16 +181,18 @@ class Supervisor:
                     await self._fleet.some_up()
                 except SamplerError:
                     return  # given up already
-            if waited.cancelled_caught:
+            if waited.cancelled_caught and not self._fleet.up:
                 break
         self._give_up(
             f"No vLLM replica has come back within {_now() - began:.0f} s: sampler.outage_timeout_s, and as long as "
-            "the first start took. Mend what ended them; raise the limit if that takes longer."
+            "the first start took. Mend what ended them; raise the limit if that takes longer.",
+            *(f"{replica.name} comes back, and waits at: {where(task)}" for replica, task in self._keepers.items()),
         )
 
-    def _give_up(self, why: str) -> None:
+    def _give_up(self, why: str, *stands: str) -> None:
+        """`stands`: lines about where things are now."""
         logs = [replica.cause for replica in self._fleet.replicas if "\n" in replica.cause]
-        self._fleet.fail("\n".join([why, self._fleet.describe(), *logs[:1]]))
+        self._fleet.fail("\n".join([why, self._fleet.describe(), *stands, *logs[:1]]))
         self.stop()
 
 

@@ -135,14 +135,16 @@ class VllmSampler:
         return [Endpoint(server.launch.url, http, server) for server in servers]
 
     async def _connect_first(self, endpoint: Endpoint) -> None:
+        limit_s = self._config.sampler.start_timeout_s
         try:
-            with anyio.fail_after(self._config.sampler.start_timeout_s):
+            with anyio.fail_after(limit_s):
                 await connect(endpoint, lora=self._lora)
         except (SamplerRequestError, TimeoutError) as error:
             if endpoint.server is not None and await endpoint.server.ends_within(EXIT_NOTICE_S):
                 raise SamplerError(endpoint.server.obituary) from error
+            cause = str(error) or f"what it serves was not known after sampler.start_timeout_s={limit_s:g} s"
             raise SamplerError(
-                f"{endpoint.name} cannot be used: {error}. Check sampler.urls; docs/vllm.md has the flags it needs."
+                f"{endpoint.name} cannot be used: {cause}. Check sampler.urls; docs/vllm.md has the flags it needs."
             ) from error
 
     @asynccontextmanager

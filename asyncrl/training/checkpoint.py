@@ -88,7 +88,7 @@ class State:
             write_tensors(self.tensors, folder)
             files = {path.name: checksum(path) for path in sorted(folder.iterdir())}
             facts = {"format": FORMAT, "step": self.step, **asdict(self.facts), "files": files}
-            write_file(folder / FACTS, json.dumps(sealed(facts), indent=2).encode())
+            write_file(folder / FACTS, f"{json.dumps(sealed(facts), indent=2)}\n".encode())
             sync(folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)  # half a state is of no use, and the disk may be full

@@ -1,10 +1,10 @@
 """The runs in which clients are made to hang: small, with everything that waits, and limits of a few seconds.
 
-    RUNS["vllm-lora"](folder)     by the name of a run; gives its result
+    RUNS["vllm-lora"](shared, folder)     by the name of a run; whether nothing of it was lost
 
 Two on servers that the run starts, one of which is killed on the way. Two on servers of somebody else (here: of another
-thread), which forget what they hold and are away for a while. Two with the embedded sampler and a real trainer, one of
-them resumed. `stub_vllm.py` plays the servers.
+thread), which forget what they hold and are away for a while. `stub_vllm.py` plays the servers. Two with the embedded
+sampler and a real trainer, one of them resumed; and an evaluation.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STAND_IN_SOCKET = "stubs"
 """In that folder: where a process asks for a stub (see `hang_hunt_clients.py`)."""
 STEPS = 6
 AWAY_S, BACK_S = 0.3, 3.0
-STALL_S = 6.0
+STALL_S = 9.0
 LIMITS = {
     "checkpointing.LEAST_S": 0.0,
     "engine.LOAD_LIMIT_S": 1.0,
@@ -48,7 +48,7 @@ LIMITS = {
     "sampling.endpoint.METRICS_TIMEOUT_S": 1.0,
     "sampling.endpoint.RESUME_TIMEOUT_S": 0.5,
     "sampling.live.ANSWER_TIMEOUT_S": 2.5,
-    "sampling.replica.EXIT_NOTICE_S": 1.0,
+    "sampling.replica.EXIT_NOTICE_S": 2.0,
     "sampling.server.GRACE_S": 0.2,
     "sampling.server.KILL_S": 1.0,
     "sampling.server.POLL_S": 0.02,
@@ -59,6 +59,7 @@ LIMITS = {
     "sampling.vitals.LONGEST_DELAY_S": 0.1,
     "sampling.vllm.EXIT_NOTICE_S": 1.0,
     "sampling.vllm.LOAD_PATIENCE_S": 0.5,
+    "sampling.vllm.STUCK_SHARE": 0.6,
     "storage.ledger_file.DISK_LIMIT_S": 3.0,
     "storage.samples.DISK_LIMIT_S": 3.0,
     "training_run.LOAD_LIMIT_S": STALL_S,
@@ -72,16 +73,18 @@ SETTINGS: dict[str, Any] = {
     "stall_timeout_s": STALL_S,
     "stop_timeout_s": 3.0,
     "sampling": {"max_tokens": 3},
-    "rollout": {"timeout_s": 5.0, "retries": 1, "error_budget": 5},
+    "log_rollouts": 0,
+    "rollout": {"timeout_s": 7.0, "retries": 1, "error_budget": 5},
     "staleness": {"max_staleness": 1},
     "concurrency": {"initial_window": 4, "max_window": 4},
     "trainer": {"device": "cpu"},
     "loss": {"kl_beta": 0.0},
-    "publish": {"timeout_s": 4.0},
-    "checkpoint": {"interval": 1, "timeout_s": 3.0},
+    "publish": {"timeout_s": 5.0},
+    "checkpoint": {"interval": 1, "timeout_s": 4.0},
     "evaluation": {"interval": 2},
 }
-SAMPLER: dict[str, Any] = {"request_timeout_s": 3.5, "start_timeout_s": 4.0, "outage_timeout_s": 1.0}
+SAMPLER: dict[str, Any] = {"request_timeout_s": 5.0, "start_timeout_s": 5.0, "outage_timeout_s": 3.0}
+LORA = {"rank": 4}
 ROWS = [{"row": row} for row in range(40)]
 STAND_IN = """
 import os, socket, sys
@@ -107,6 +110,7 @@ def prepare(shared: Path) -> None:
         model=str(shared / MODEL),
         run_dir=shared / TRAINED,
         sampler={"kind": "transformers"},
+        lora=LORA,
     )
     asyncrl.train(_Rollouts(), dataset=ROWS, config=config, view="plain")
 
@@ -114,15 +118,31 @@ def prepare(shared: Path) -> None:
 # With the embedded sampler
 
 
-def _embedded(shared: Path, folder: Path, **settings: Any) -> TrainResult:
-    sampler = {**SAMPLER, "kind": "transformers"}
-    config = asyncrl.Config(**SETTINGS, model=str(shared / MODEL), run_dir=folder, sampler=sampler, **settings)
-    return asyncrl.train(_Rollouts(), dataset=ROWS, config=config, evaluation=ROWS[:3], resume=True, view="plain")
+EMBEDDED = {**SAMPLER, "kind": "transformers"}
 
 
-def _resumed(shared: Path, folder: Path) -> TrainResult:
+def _embedded(shared: Path, folder: Path, **settings: Any) -> bool:
+    config = asyncrl.Config(**SETTINGS, model=str(shared / MODEL), run_dir=folder, sampler=EMBEDDED, **settings)
+    return _whole(
+        asyncrl.train(_Rollouts(), dataset=ROWS, config=config, evaluation=ROWS[:3], resume=True, view="plain")
+    )
+
+
+def _resumed(shared: Path, folder: Path) -> bool:
     shutil.copytree(shared / TRAINED, folder)
-    return _embedded(shared, folder)
+    return _embedded(shared, folder, lora=LORA)
+
+
+def _evaluated(shared: Path, folder: Path) -> bool:
+    """An adapter, which has to be published first."""
+    adapter = str(shared / TRAINED / "model")
+    config = asyncrl.Config(**SETTINGS, model=adapter, run_dir=folder, sampler=EMBEDDED)
+    return asyncrl.evaluate(_Rollouts(), dataset=ROWS[:3], config=config).n == 3
+
+
+def _whole(result: TrainResult) -> bool:
+    """Every step was taken, and its weights are in a checkpoint."""
+    return result.steps == STEPS and result.checkpoint is not None and result.checkpoint.name.endswith(f"{STEPS}")
 
 
 # With vLLM
@@ -164,9 +184,7 @@ class _Sampler(asyncrl.sampling.vllm.VllmSampler):
         return len(self._fleet.up) == len(self._fleet.replicas)
 
 
-def _vllm(
-    shared: Path, folder: Path, faults: dict[int, Callable[[], None]], *, lora: bool, **sampler: Any
-) -> TrainResult:
+def _vllm(shared: Path, folder: Path, faults: dict[int, Callable[[], None]], *, lora: bool, **sampler: Any) -> bool:
     """`faults`: what is done in the n-th rollout."""
     asyncrl.training.thread.ThreadedTrainer = _Trainer  # type: ignore[misc, assignment]
     asyncrl.sampling.vllm.VllmSampler = _Sampler  # type: ignore[misc]
@@ -175,13 +193,13 @@ def _vllm(
         model=str(shared / MODEL),
         run_dir=folder,
         sampler={**SAMPLER, **sampler, "kind": "vllm"},
-        lora={"rank": 4 if lora else 0},
+        lora=LORA if lora else {},
         save_model=False,
     )
-    return asyncrl.train(_Rollouts(faults), dataset=ROWS, config=config, evaluation=ROWS[:3], view="plain")
+    return _whole(asyncrl.train(_Rollouts(faults), dataset=ROWS, config=config, evaluation=ROWS[:3], view="plain"))
 
 
-def _ours(shared: Path, folder: Path, *, lora: bool, replicas: int) -> TrainResult:
+def _ours(shared: Path, folder: Path, *, lora: bool, replicas: int) -> bool:
     """On servers that the run starts; the first is killed."""
 
     def plan(config: asyncrl.Config, run_dir: Path, context: int | None, keep: int, key: str) -> list[Launch]:
@@ -198,7 +216,7 @@ def _ours(shared: Path, folder: Path, *, lora: bool, replicas: int) -> TrainResu
     return _vllm(shared, folder, {6: kill}, lora=lora, replicas=replicas)
 
 
-def _theirs(shared: Path, folder: Path, *, lora: bool) -> TrainResult:
+def _theirs(shared: Path, folder: Path, *, lora: bool) -> bool:
     """On servers of somebody else, which an earlier run has used. One forgets all, and one is away for a moment."""
     stubs = (StubVllm(), StubVllm())
     loop = asyncio.new_event_loop()
@@ -231,13 +249,14 @@ def _theirs(shared: Path, folder: Path, *, lora: bool) -> TrainResult:
     return _vllm(shared, folder, faults, lora=lora, urls=[f"http://127.0.0.1:{port}" for port in ports])  # type: ignore[arg-type]
 
 
-RUNS: dict[str, Callable[[Path, Path], TrainResult]] = {
+RUNS: dict[str, Callable[[Path, Path], bool]] = {
     "vllm-lora": lambda shared, folder: _ours(shared, folder, lora=True, replicas=2),
     "vllm-full": lambda shared, folder: _ours(shared, folder, lora=False, replicas=1),
     "vllm-lora-theirs": lambda shared, folder: _theirs(shared, folder, lora=True),
     "vllm-full-theirs": lambda shared, folder: _theirs(shared, folder, lora=False),
-    "embedded-lora": lambda shared, folder: _embedded(shared, folder, lora={"rank": 4}),
+    "embedded": _embedded,
     "embedded-resumed": _resumed,
+    "embedded-evaluation": _evaluated,
 }
 """From the folder that all share, and that of the run."""
 

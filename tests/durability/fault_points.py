@@ -39,6 +39,8 @@ POINTS: list[Point] = []
 REACHED: Counter[int] = Counter()
 _armed: int | None = None
 _at_call = 1
+_held: list[asyncio.Future[None]] = []
+"""What is waited for: a task whose future nobody holds could be collected, and its wait would end."""
 
 
 def arm(point: Point | None, at_call: int = 1) -> None:
@@ -47,17 +49,23 @@ def arm(point: Point | None, at_call: int = 1) -> None:
     _armed = None if point is None else POINTS.index(point)
     _at_call = at_call
     REACHED.clear()
+    _held.clear()
 
 
 def reached(point: Point) -> int:
     return REACHED[POINTS.index(point)]
 
 
+def has_hung() -> bool:
+    return bool(_held)
+
+
 async def _never(number: int) -> None:
     """What stands in front of every await."""
     REACHED[number] += 1
     if number == _armed and REACHED[number] >= _at_call:
-        await asyncio.get_running_loop().create_future()
+        _held.append(asyncio.get_running_loop().create_future())
+        await _held[-1]
 
 
 class _Instrument(ast.NodeTransformer):

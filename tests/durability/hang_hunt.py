@@ -20,6 +20,8 @@ from typing import TypeVar
 import structlog
 from fault_points import Point, arm, instrument, reached
 
+from asyncrl import workers
+
 MODULES = (
     "asyncrl.engine",
     "asyncrl.publication",
@@ -175,13 +177,13 @@ async def run(folder: Path, outcome: Outcome) -> None:
         outcome.whole = engine.step == 6 and engine.published == 6
 
 
-async def in_this_thread(function: Callable[..., T], *arguments: object) -> T:
-    """In place of `asyncio.to_thread`: virtual time does not wait for threads."""
-    return function(*arguments)
+async def in_this_thread(threads: object, call: Callable[[], T], name: str, timeout_s: float) -> workers.Outcome[T]:
+    """In place of `Threads.run`: virtual time does not wait for threads."""
+    return workers.Outcome.of(call)
 
 
 def main() -> None:
-    asyncio.to_thread = in_this_thread  # type: ignore[assignment]
+    workers.Threads.run = in_this_thread  # type: ignore[method-assign, assignment]
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     points = instrument(MODULES)
     for point in points:

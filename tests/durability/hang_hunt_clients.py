@@ -1,6 +1,6 @@
 """Makes every await of the sampler's clients and of a whole run never return, one after the other. In real time.
 
-    python tests/durability/hang_hunt_clients.py [--only sampler|run] [--part N] [--json]
+    python tests/durability/hang_hunt_clients.py [--only sampler|run] [--part N [--seed S]]
 
 Each hang has a process of its own, forked from this one, which has imported everything with its fault points; so have
 the stubs of vLLM servers. `hang_hunt.py` is the same for the engine, in virtual time.
@@ -9,9 +9,11 @@ the stubs of vLLM servers. `hang_hunt.py` is the same for the engine, in virtual
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
+import re
 import select
 import shutil
 import signal
@@ -22,12 +24,13 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fault_points import POINTS, REACHED, Point, arm, instrument
+from client_verdicts import verdict
+from fault_points import POINTS, REACHED, Point, arm, has_hung, instrument
 
 ROOT = Path(__file__).parents[2]
 FIRST = ("aiohttp.web", "anyio._backends._asyncio", "peft", "torch", "transformers.models.llama.modeling_llama")
@@ -51,8 +54,9 @@ MODULES = {
         "asyncrl.training_run",
     ),
 }
-PREFIX = {"sampler": "vllm", "run": "embedded"}
-AT_ONCE = 8
+KINDS = {"vllm": "sampler", "embedded": "run"}
+"""Of a run, by how its name begins."""
+AT_ONCE = 10
 """They mostly wait."""
 LIMIT_S = 60.0
 """A process that has not ended by then hangs."""
@@ -86,9 +90,72 @@ class Outcome:
     report: str = ""
     stderr: str = ""
     whole: bool = False
-    """Every step was trained, and every prompt has ended."""
+    """Every step was trained and saved."""
+    reached: bool = True
+    """It did hang. Not known of a process that was ended: then it had."""
     left: tuple[str, ...] = ()
     """Processes that were left behind."""
+
+
+@dataclass(slots=True)
+class _Running:
+    """A process in which something hangs."""
+
+    case: Case
+    pid: int
+    folder: Path
+    began: float = field(default_factory=time.monotonic)
+    process: int = field(init=False)
+    """A file that can be read when it has ended."""
+    seconds: float | None = None
+    """Until its end."""
+    left: list[str] = field(default_factory=list)
+    hung: bool = False
+    code: int = 0
+
+    def __post_init__(self) -> None:
+        self.process = os.pidfd_open(self.pid)
+
+    def is_over(self) -> bool:
+        """It has ended, and so has what it started, or should have."""
+        from tests.durability.client_runs import left_behind
+
+        seconds = time.monotonic() - self.began
+        if self.seconds is None:
+            self.hung = seconds > LIMIT_S
+            if self.hung:
+                os.killpg(self.pid, signal.SIGKILL)
+            if not select.select([self.process], [], [], 0)[0] and not self.hung:
+                return False
+            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            os.close(self.process)
+            self.seconds = seconds
+        self.left = left_behind(str(self.folder))
+        return not self.left or seconds > self.seconds + LEFT_LIMIT_S
+
+    def told(self) -> tuple[Outcome, Counter[int]]:
+        assert self.seconds is not None
+        told = self.folder / "told.json"
+        found = json.loads(told.read_text()) if told.exists() else {"error": "", "whole": False, "reached": {}}
+        report = self.folder / "run" / "stalled.txt"
+        point = self.case.point
+        outcome = Outcome(
+            run=self.case.run,
+            point=str(point),
+            function=point.function if point is not None else "",
+            line=point.line if point is not None else 0,
+            at_call=self.case.at_call,
+            code=self.code,
+            seconds=round(self.seconds, 1),
+            error="hung" if self.hung else found["error"],
+            report=report.read_text() if report.exists() else "",
+            stderr=(self.folder / "log").read_text(),
+            whole=found["whole"],
+            reached=not told.exists() or found["hung"],
+            left=tuple(self.left),
+        )
+        shutil.rmtree(self.folder)
+        return outcome, Counter({int(number): count for number, count in found["reached"].items()})
 
 
 class Hunt:
@@ -104,28 +171,35 @@ class Hunt:
         self._listening.listen(64)
         self._number = 0
 
-    def go(self, cases: Sequence[Case]) -> Iterator[tuple[Case, Outcome, Counter[int]]]:
+    def go(self, cases: Sequence[Case]) -> Iterator[tuple[Outcome, Counter[int]]]:
         """All of them, some at once, in the order in which they end; and how often each await was reached."""
         waiting = list(reversed(cases))
-        running: dict[int, tuple[Case, int, Path, float]] = {}
+        running: list[_Running] = []
         while waiting or running:
             while waiting and len(running) < AT_ONCE:
-                case = waiting.pop()
-                self._number += 1
-                folder = self._shared / f"case-{self._number}"
-                folder.mkdir()
-                pid = self._fork(case, folder)
-                running[os.pidfd_open(pid)] = case, pid, folder, time.monotonic()
-            ready = select.select([*running, self._listening], [], [], 0.5)[0]
-            if self._listening in ready:
+                running.append(self._begin(waiting.pop()))
+            going = [each.process for each in running if each.seconds is None]
+            if self._listening in select.select([*going, self._listening], [], [], 0.2)[0]:
                 self._fork_stub()
             self._stubs = {pid for pid in self._stubs if not os.waitpid(pid, os.WNOHANG)[0]}
-            for process, (case, pid, folder, began) in list(running.items()):
-                seconds = time.monotonic() - began
-                if process in ready or seconds > LIMIT_S:
-                    del running[process]
-                    os.close(process)
-                    yield self._ended(case, pid, folder, seconds)
+            for each in list(running):
+                if each.is_over():
+                    running.remove(each)
+                    yield each.told()
+
+    def _begin(self, case: Case) -> _Running:
+        self._number += 1
+        folder = self._shared / f"case-{self._number}"
+        folder.mkdir()
+        pid = os.fork()
+        if pid:
+            return _Running(case, pid, folder)
+        os.setsid()
+        os.environ[MARK] = str(folder)
+        _quietly(folder / "log")
+        arm(case.point, case.at_call)
+        live(case.run, self._shared, folder)
+        raise SystemExit  # as a user's process ends, with all that its end waits for
 
     def prepare(self) -> None:
         from tests.durability.client_runs import prepare
@@ -136,48 +210,6 @@ class Hunt:
             prepare(self._shared)
             raise SystemExit
         assert os.waitpid(pid, 0)[1] == 0, (self._shared / "prepared.log").read_text()
-
-    def _ended(self, case: Case, pid: int, folder: Path, seconds: float) -> tuple[Case, Outcome, Counter[int]]:
-        from tests.durability.client_runs import left_behind
-
-        hung = seconds > LIMIT_S
-        if hung:
-            os.killpg(pid, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        deadline = time.monotonic() + LEFT_LIMIT_S
-        while (left := left_behind(str(folder))) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        told = folder / "told.json"
-        found = json.loads(told.read_text()) if told.exists() else {"error": "", "whole": False, "reached": {}}
-        report = folder / "run" / "stalled.txt"
-        point = case.point
-        outcome = Outcome(
-            run=case.run,
-            point=str(point),
-            function=point.function if point is not None else "",
-            line=point.line if point is not None else 0,
-            at_call=case.at_call,
-            code=code,
-            seconds=round(seconds, 1),
-            error="hung" if hung else found["error"],
-            report=report.read_text() if report.exists() else "",
-            stderr=(folder / "log").read_text(),
-            whole=found["whole"],
-            left=tuple(left),
-        )
-        shutil.rmtree(folder)
-        return case, outcome, Counter({int(number): count for number, count in found["reached"].items()})
-
-    def _fork(self, case: Case, folder: Path) -> int:
-        pid = os.fork()
-        if pid:
-            return pid
-        os.setsid()
-        os.environ[MARK] = str(folder)
-        _quietly(folder / "log")
-        arm(case.point, case.at_call)
-        live(case.run, self._shared, folder)
-        raise SystemExit  # as a user's process ends, with all that its end waits for
 
     def _fork_stub(self) -> None:
         """For a stand-in that asks: it ends with the stub, and the stub with it."""
@@ -217,58 +249,97 @@ def _quietly(log: Path) -> None:
 
 def live(run: str, shared: Path, folder: Path) -> None:
     from asyncrl.errors import AsyncRLError
-    from tests.durability.client_runs import RUNS, STEPS
+    from tests.durability.client_runs import RUNS
 
     error, whole = "", False
     try:
-        result = RUNS[run](shared, folder / "run")
-        whole = result.steps == STEPS
+        whole = RUNS[run](shared, folder / "run")
     except AsyncRLError as found:
         error = f"{type(found).__name__}: {found}"
     except BaseException as found:  # a fault of ours: reported as it is
         traceback.print_exc()
         error = f"not one of ours: {found!r}"
-    told = {"error": error, "whole": whole, "reached": dict(REACHED)}
+    told = {"error": error, "whole": whole, "hung": has_hung(), "reached": dict(REACHED)}
     (folder / "told.json").write_text(json.dumps(told))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=list(MODULES), action="append")
-    parser.add_argument("--part", type=int, help="so many hangs, drawn evenly from all modules")
-    parser.add_argument("--point", help="only those whose name contains this")
-    parser.add_argument("--json", action="store_true", help="one line of JSON for each hang")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(MODULES), help="half of it")
+    parser.add_argument("--part", type=int, metavar="N", help="N points alone, of as many modules as can be")
+    parser.add_argument("--seed", type=int, default=0, help="of the part")
+    parser.add_argument("--point", default="", help="those whose name contains this regular expression")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each hang")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     os.environ["OMP_NUM_THREADS"] = "1"  # more threads than one could not be forked
-    kinds = options.only or list(MODULES)
+    kinds = [options.only] if options.only else list(MODULES)
     for name in FIRST:
-        __import__(name)
-    instrument([name for kind in kinds for name in MODULES[kind]])
+        importlib.import_module(name)
+    points = instrument([name for kind in kinds for name in MODULES[kind]])
     from tests.durability.client_runs import RUNS, shorten_limits
 
     shorten_limits()
+    rng = random.Random(options.seed)
+    ends: Counter[str] = Counter()
     with shared_folder() as folder:
         hunt = Hunt(folder)
         hunt.prepare()
-        runs = {run: kind for kind in kinds for run in RUNS if run.startswith(PREFIX[kind])}
-        reached: dict[str, Counter[int]] = {}
-        for case, outcome, found in hunt.go([Case(run, None) for run in runs]):
-            assert outcome.whole, f"{case.run} without any hang: {outcome.error}\n{outcome.stderr}"
-            reached[case.run] = found
-            print(case.run, "takes", outcome.seconds, "s", file=sys.stderr)
-        cases = [
-            Case(run, point, at_call)
-            for number, point in enumerate(POINTS)
-            if options.point is None or options.point in str(point)
-            for run, kind in runs.items()
-            if point.module in MODULES[kind]
-            for at_call in calls(reached[run][number])
-        ]
+        wanted = [point for point in points if re.search(options.point, str(point))]
         if options.part:
-            cases = random.Random(options.part).sample(cases, options.part)
-        for _, outcome, _ in hunt.go(cases):
-            print(json.dumps(asdict(outcome)), flush=True)
+            cases = [Case(rng.choice(runs_of(point, RUNS)), point) for point in spread(wanted, options.part, rng)]
+        else:
+            cases = list(
+                cases_of(wanted, undisturbed(hunt, [run for run in RUNS if KINDS[run.partition("-")[0]] in kinds]))
+            )
+        for outcome, _ in hunt.go(cases):
+            found = verdict(asdict(outcome))
+            ends[found.partition(":")[0]] += 1
+            where = f"{outcome.point} @{outcome.at_call}"
+            print(
+                json.dumps(asdict(outcome))
+                if options.json
+                else f"{outcome.run:19} {where:58} {outcome.seconds:5} s  {found}",
+                flush=True,
+            )
+    if not options.json:
+        print(f"{len(points)} points, {len({case.point for case in cases})} of them chosen; {dict(ends)}")
+
+
+def runs_of(point: Point, runs: Iterable[str]) -> list[str]:
+    """Those that may come to it."""
+    return [run for run in runs if point.module in MODULES[KINDS[run.partition("-")[0]]]]
+
+
+def undisturbed(hunt: Hunt, runs: Sequence[str]) -> dict[str, Counter[int]]:
+    """How often each await is come to in a run in which none hangs, by the run."""
+    reached: dict[str, Counter[int]] = {}
+    for outcome, found in hunt.go([Case(run, None) for run in runs]):
+        assert outcome.whole, f"{outcome.run} without any hang: {outcome.error}\n{outcome.stderr}"
+        reached[outcome.run] = found
+    return reached
+
+
+def cases_of(points: Sequence[Point], reached: dict[str, Counter[int]]) -> Iterator[Case]:
+    """The first time that an await is come to, in one of the runs, and one in the middle of another where it can."""
+    for point in points:
+        number = POINTS.index(point)
+        runs = [run for run in runs_of(point, reached) if reached[run][number]]
+        if runs:
+            yield Case(runs[0], point)
+            times = reached[runs[-1]][number]
+            if times > 1 or len(runs) > 1:
+                yield Case(runs[-1], point, times // 2 + 1)
+
+
+def spread(points: Sequence[Point], count: int, rng: random.Random) -> list[Point]:
+    """`count` of them, none of a module twice before each had its turn."""
+    turns: Counter[str] = Counter()
+    drawn = []
+    for point in rng.sample(points, len(points)):
+        turns[point.module] += 1
+        drawn.append((turns[point.module], rng.random(), point))
+    return [point for _, _, point in sorted(drawn, key=lambda item: item[:2])[:count]]
 
 
 @contextmanager
@@ -280,14 +351,6 @@ def shared_folder() -> Iterator[Path]:
     finally:
         if os.getpid() == owner:
             shutil.rmtree(folder)
-
-
-def calls(reached: int) -> Iterator[int]:
-    """The first time that an await is come to, and one in the middle."""
-    if reached:
-        yield 1
-    if reached > 1:
-        yield reached // 2 + 1
 
 
 if __name__ == "__main__":

@@ -235,12 +235,13 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def _orphans(session: int, mark: str) -> list[str]:
     """Processes that outlive the one that was killed, by its session or its environment."""
     deadline = time.monotonic() + ORPHANS_END_S
-    while (found := list(_alive(session, mark))) and time.monotonic() < deadline:
+    while (found := list(alive(session, mark))) and time.monotonic() < deadline:
         time.sleep(0.05)
     return found
 
 
-def _alive(session: int, mark: str) -> Iterator[str]:
+def alive(session: int, mark: str) -> Iterator[str]:
+    """The processes of this session, and those that were started with this mark."""
     marked = f"{MARK}={mark}\0".encode()
     for process in Path("/proc").glob("[0-9]*"):
         try:

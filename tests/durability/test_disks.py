@@ -11,12 +11,13 @@ import asyncio
 import builtins
 import errno
 import io
-import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any
 import pytest
 
 import asyncrl
+from asyncrl import checkpointing
 from asyncrl.checkpointing import load_state
 from asyncrl.config import Config
 from asyncrl.errors import AsyncRLError, EngineError
@@ -147,7 +149,7 @@ async def assert_goes_on(train: Train, folder: Path, steps: int, **settings: Any
 
 
 class Disk:
-    """Lets every second checkpoint fail, each at another operation on its files: the first at the first, and so on."""
+    """Lets every second checkpoint fail, each at an operation on its files at which none has failed yet."""
 
     PATCHED = ((builtins, "open"), (io, "open"), (os, "mkdir"), (os, "rename"), (os, "replace"), (os, "fsync"))
     FAULTS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT)
@@ -155,9 +157,10 @@ class Disk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self.folder = folder
         self.attempts = 0
-        self.operations = 0
-        """Of this attempt."""
+        self.operations: Counter[str] = Counter()
+        """Of this attempt, and how often."""
         self.failed: list[str] = []
+        self._failing = False
         self._lock = threading.Lock()
         for module, name in self.PATCHED:
             monkeypatch.setattr(module, name, self._guarded(name, getattr(module, name)))
@@ -179,11 +182,16 @@ class Disk:
     def _count(self, name: str, path: str) -> None:
         with self._lock:
             if name == "mkdir" and path.endswith(".unfinished"):
-                self.attempts, self.operations = self.attempts + 1, 0
-            self.operations += 1
-            if self.attempts % 2 == 0 and self.operations == self.attempts // 2:
-                self.failed.append(f"{name} {Path(path).name}")
-                fault = next(itertools.islice(itertools.cycle(self.FAULTS), len(self.failed), None))
+                self.attempts += 1
+                self.operations.clear()
+                self._failing = self.attempts % 2 == 0
+            operation = f"{name} {re.sub('[0-9]+', 'N', Path(path).name)}"
+            self.operations[operation] += 1
+            operation += f" {self.operations[operation]}"
+            if self._failing and operation not in self.failed:
+                self._failing = False
+                fault = self.FAULTS[len(self.failed) % len(self.FAULTS)]
+                self.failed.append(operation)
                 raise OSError(fault, os.strerror(fault), path)
 
 
@@ -206,7 +214,8 @@ async def test_a_checkpoint_that_fails_at_any_operation_costs_itself_alone(
     assert len(set(chosen)) > disk.attempts // 3, "those between the faults were written"
     kinds = {failed.split()[0] for failed in disk.failed}
     assert kinds == {"open", "mkdir", "rename", "fsync"}
-    assert {"open groups.bin", "open state.json", "open manifest.json", "open checkpoints.jsonl"} <= set(disk.failed)
+    files = ("groups.bin", "state.json", "manifest.json", "checkpoints.jsonl")
+    assert {f"open {file} 1" for file in files} <= set(disk.failed)
     out, err = capsys.readouterr()
     told = out.count("could not be written") + err.count("could not be removed")
     assert told == len(disk.failed), (disk.failed, out)
@@ -251,7 +260,8 @@ async def test_training_does_not_wait_for_a_slow_disk(
 
     ends.before_step = count
     monkeypatch.setattr(Checkpoints, "commit", slow)
-    await train(folder, 12)
+    monkeypatch.setattr(checkpointing, "LEAST_S", 0.0)
+    await train(folder, 12, checkpoint={"interval": None})
     assert all(late), "nothing stood still for the disk"
     assert newest(folder) == 12
     assert audit_run(folder).faults == []

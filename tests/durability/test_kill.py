@@ -3,7 +3,9 @@ hundred times."""
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,8 @@ import pytest
 
 from asyncrl.replay import replay
 from tests.durability.agent import make_model
-from tests.durability.harness import ASYNCHRONOUS, Instant, Nursery, Span, Trial, settings_of
+from tests.durability.harness import ASYNCHRONOUS, Instant, Nursery, Span, Trial, alive, settings_of
+from tests.durability.nursery import MARK
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for what is left in /proc")
 
@@ -78,3 +81,17 @@ def test_while_rollouts_run_ahead(
     trial.examine(None)
     assert trial.kills
     assert not trial.faults
+
+
+@pytest.mark.parametrize("kept", ["session", "environment"])
+def test_what_is_left_behind_is_found(kept: str, tmp_path: Path) -> None:
+    """A process that an engine starts may leave the session, or be given another environment."""
+    mark, own_session = str(tmp_path), kept == "environment"
+    environment = os.environ | ({MARK: mark} if kept == "environment" else {})
+    with subprocess.Popen(["sleep", "60"], env=environment, start_new_session=own_session) as left:
+        session = os.getsid(0) if kept == "session" else -1
+        try:
+            assert [found for found in alive(session, mark) if found.startswith(f"process {left.pid}:")]
+        finally:
+            left.kill()
+    assert not [found for found in alive(session, mark) if found.startswith(f"process {left.pid}:")]

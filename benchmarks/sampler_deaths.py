@@ -33,19 +33,23 @@ ROWS, HELD_OUT = 20_000, 256
 
 
 class Killer(threading.Thread):
-    """Owns the count of those that it killed."""
+    """Kills from the moment on at which all have answered. Owns the count."""
 
-    def __init__(self, every_s: float, seed: int) -> None:
+    def __init__(self, every_s: float, replicas: int, seed: int) -> None:
         super().__init__(daemon=True)
         self.kills = 0
         self._every_s = every_s
+        self._replicas = replicas
         self._rng = random.Random(seed)
         self._done = threading.Event()
 
     def run(self) -> None:
+        while len(serving()) < self._replicas:
+            if self._done.wait(1.0):
+                return
         while not self._done.wait(self._every_s):
-            if serving := [process for process in guards() if answers(process)]:
-                os.killpg(self._rng.choice(serving).pid, signal.SIGKILL)
+            if alive := serving():
+                os.killpg(self._rng.choice(alive).pid, signal.SIGKILL)
                 self.kills += 1
 
     def stop(self) -> None:
@@ -53,9 +57,10 @@ class Killer(threading.Thread):
         self.join()
 
 
-def guards() -> list[psutil.Process]:
-    """The leaders of the process groups in which the servers of this process live."""
-    return [child for child in psutil.Process().children() if str(GUARD) in command(child)]
+def serving() -> list[psutil.Process]:
+    """The leaders of the process groups in which servers of this process answer."""
+    guards = [child for child in psutil.Process().children() if str(GUARD) in command(child)]
+    return [guard for guard in guards if answers(guard)]
 
 
 def command(process: psutil.Process) -> list[str]:
@@ -86,7 +91,7 @@ def learn(folder: Path, options: argparse.Namespace) -> tuple[asyncrl.TrainResul
         sampler="vllm",
     )
     sampler = SamplerConfig(kind="vllm", replicas=options.replicas)
-    killer = Killer(options.every, options.seed) if options.every else None
+    killer = Killer(options.every, options.replicas, options.seed) if options.every else None
     if killer:
         killer.start()
     try:

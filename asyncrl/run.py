@@ -34,7 +34,7 @@ from asyncrl.rollout.evaluations import EvaluationFn, evaluation_function
 from asyncrl.rollout.factory import RolloutSetup, open_rollout, require_rollout
 from asyncrl.storage.folder import full_disk_named
 from asyncrl.storage.log import open_log
-from asyncrl.training_run import TrainingRun
+from asyncrl.training_run import LOAD_LIMIT_S, TrainingRun
 from asyncrl.watchdog import Watchdog
 from asyncrl.workers import refuse_in_worker
 
@@ -103,7 +103,7 @@ async def train_async(
     interrupt = interrupt or Interrupt()
     rows = load_rows(_dataset_of(config, dataset))
     measure = evaluation_function(evaluation, evaluation_samples, config.evaluation)
-    with Watchdog(config.stall_timeout_s).phase("reading the settings of the model"):  # from the hub, perhaps
+    with Watchdog(config.stall_timeout_s).phase("reading the settings of the model"):
         facts = await asyncio.to_thread(read_facts, config.model, config.max_seq_len)
     total_steps = steps_at_most(config, len(rows))
     _silence_progress_bars()
@@ -171,7 +171,8 @@ async def evaluate_async(
     ):
         async with AsyncExitStack() as stack:
             facts = await asyncio.to_thread(read_facts, config.model, config.max_seq_len)
-            sampler = await stack.enter_async_context(open_sampler(config, facts, logs))
+            with watchdog.phase("opening the sampler", limit_s=LOAD_LIMIT_S):
+                sampler = await stack.enter_async_context(open_sampler(config, facts, logs))
             function = await stack.enter_async_context(open_rollout(rollout, setup))
             if adapter is not None:
                 await sampler.publish(adapter_weights(adapter, sampler))

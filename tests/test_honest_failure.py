@@ -166,7 +166,7 @@ class TestSettings:
         asyncrl.train(rollout, dataset=ROWS, config=make_config(max_steps=1), view="quiet")
         before = sorted(tmp_path.rglob("*"))
         error = failure(make_config(max_steps=1))
-        assert_says(error, ConfigError, "run_dir", "already holds a run", "Choose a new folder")
+        assert_says(error, ConfigError, "run_dir", "already holds a run", "Resume it")
         assert sorted(tmp_path.rglob("*")) == before
 
     def test_a_run_folder_that_cannot_be_made(self, make_config: MakeConfig, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ class TestRolloutFunctions:
             (lambda s: replace(s, loss_mask=[0] * len(s.tokens)), ["nothing to train", "Return None"]),
             (lambda s: replace(s, reward=float("inf")), ["the reward is inf", "finite"]),
             (lambda s: replace(s, reward="high"), ["the reward is 'high'", "Expected a number"]),
-            (lambda s: too_long(s), ["has 65 tokens", "64", "Raise max_seq_len"]),
+            (lambda s: too_long(s), ["has 65 entries", "64", "max_seq_len if"]),
             (lambda s: asyncrl.RolloutRun([]), ["without segments"]),
         ],
         ids=["float", "ids", "nan", "lengths", "mask", "inf", "reward", "long", "empty"],
@@ -324,7 +324,9 @@ class TestTheEngineBreaks:
         self.failing_after_two_steps(
             make_config(), TrainerError, "out of memory", "step 3", "Lower it", "trainer.gradient_checkpointing"
         )
-        assert "the run failed; the model of step 2 is in" in capsys.readouterr().out.replace("\n", " ")
+        said = capsys.readouterr().out.replace("\n", " ")
+        assert "the run failed; it can be resumed from" in said
+        assert "the model of step 2 is in" in said
 
     def test_the_sampler_runs_out_of_memory(self, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         honest = DecodeBatch.join

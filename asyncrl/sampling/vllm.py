@@ -11,6 +11,7 @@ is read by a request that begins under another.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
@@ -48,6 +49,9 @@ KEEP_ALIVE_S = 4.0
 
 LOAD_PATIENCE_S = 2.0
 """A replica that does not say how busy it is counts with what it last said."""
+
+SCORE_ATTEMPTS = 5
+"""3 s in all: longer than a server needs to notice a lost connection, short against a hot-load."""
 
 STUCK_SHARE = 0.25
 """Of `sampler.request_timeout_s`: an engine that draws nothing for so long is stuck. Who raises the limit of a request
@@ -276,18 +280,23 @@ class VllmSampler:
         return await self._limited("scoring", self._fleet.ask(session, ask, partial(self._ready, version)))
 
     async def _score_everywhere(self, token_ids: Sequence[int], version: int, start: int) -> list[float]:
-        while True:
+        for attempt in itertools.count(1):
             await self._fleet.some_up()
             await self._ready(version)
             ask = partial(self._score_anew, token_ids=token_ids, version=version, start=start)
             with self._live.using(version):
                 answers = await self._fleet.on(self._fleet.up, ask)
             for error in answers.refused.values():
-                raise error
+                if attempt == SCORE_ATTEMPTS or not error.recoverable:
+                    raise error
+            if answers.refused:  # a connection that was lost for a moment must not look like wrong weights
+                await anyio.sleep(2.0**attempt / 10)
+                continue
             if answers.given:  # else all were lost
                 named = {replica.name: scores for replica, scores in answers.given.items()}
                 check_agreement(named, version, self._config.publish.canary_tolerance)
                 return next(iter(answers.given.values()))
+        raise AssertionError("unreachable")
 
     async def _score_anew(self, replica: Replica, token_ids: Sequence[int], version: int, start: int) -> list[float]:
         """Not one number may come from the prefix cache: the salt is one that nobody used."""

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,11 +15,12 @@ from asyncrl.agents.policy import Policy, PolicyContext
 from asyncrl.assemble import assemble
 from asyncrl.config import Config
 from asyncrl.engine import Engine
+from asyncrl.errors import StepFailed
 from asyncrl.run_state import RunState, restore
 from asyncrl.testing.clock import run_virtual
 from asyncrl.testing.fakes import CountingTrainer, ScriptedSampler
 from asyncrl.testing.simulation import Outcome, timed_rollout
-from asyncrl.types import SamplingParams, Weights
+from asyncrl.types import SamplingParams, StepResult, Weights
 
 
 @dataclass
@@ -38,6 +40,22 @@ class Saved:
         pass
 
 
+class FailingTrainer(CountingTrainer):
+    """Cannot take some steps."""
+
+    def __init__(self, failing: frozenset[int], **settings: Any) -> None:
+        super().__init__(**settings)
+        self._failing = failing
+        self._calls = 0
+
+    async def optim_step(self) -> StepResult:
+        self._calls += 1
+        if self._calls in self._failing:
+            self._batch = []
+            raise StepFailed("not finite")
+        return await super().optim_step()
+
+
 @dataclass
 class Lineage:
     """What was trained, life after life, as far as later lives stand on it."""
@@ -51,8 +69,20 @@ class Lineage:
         self.trained = [entry for entry in self.trained if entry[0] <= step]
 
 
-def live(config: Config, rows: int, seed: int, lineage: Lineage, state: RunState | None, stop_s: float | None) -> Saved:
-    """One life, from `state`, until its end or until `stop_s`: then nothing is saved any more."""
+def live(
+    config: Config,
+    rows: int,
+    lineage: Lineage,
+    state: RunState | None,
+    stop_s: float | None,
+    *,
+    clean: bool = False,
+    failing: frozenset[int] = frozenset(),
+) -> Saved:
+    """One life, from `state`, until its end or until `stop_s`: a `clean` end is saved, another is not.
+
+    `failing`: calls of the optimizer, counted from 1, that cannot take their step.
+    """
     saved = Saved(every=2 * max(1, config.publish.weight_sync_interval))
 
     async def work() -> None:
@@ -71,7 +101,7 @@ def live(config: Config, rows: int, seed: int, lineage: Lineage, state: RunState
                 for group in batch.groups
             )
 
-        async with CountingTrainer(step_s=lambda: 0.5) as trainer:
+        async with FailingTrainer(failing, step_s=lambda: 0.5) as trainer:
             engine: Engine = assemble(
                 config,
                 timed_rollout(Outcome(), lambda rng: 0.2 + 10.0 * rng.random() ** 4, turns=2),
@@ -89,6 +119,13 @@ def live(config: Config, rows: int, seed: int, lineage: Lineage, state: RunState
             if stop_s is not None:
                 asyncio.get_running_loop().call_later(stop_s, engine.stop)
             await engine.run()
+            if clean:
+                await saved.save(engine.capture())
+                kept = {(group.epoch, group.row) for group in saved.states[-1].groups}
+                again = {tuple(key) for key in saved.states[-1].loop["unfinished"]}
+                assert kept | again == engine.ledger.sequences.keys()
+                assert not kept & again
+                assert kept >= engine.ledger._finished, "what has finished is not rolled out again"
             lineage.finished = not engine.stopping
             lineage.rollouts = engine.scheduler.finished_rollouts
             engine.ledger.check()
@@ -108,8 +145,9 @@ def live(config: Config, rows: int, seed: int, lineage: Lineage, state: RunState
     interval=st.integers(1, 2),
     epochs=st.integers(1, 2),
     filtered=st.sampled_from(["replace", "drop"]),
-    stops=st.lists(st.floats(0.1, 60.0), max_size=6),
+    stops=st.lists(st.tuples(st.floats(0.1, 60.0), st.booleans()), max_size=6),
     seed=st.integers(0, 1000),
+    most=st.sampled_from([None, 3, 7]),
 )
 def test_every_prompt_is_trained_once_whenever_the_process_ends(
     staleness: int,
@@ -119,8 +157,9 @@ def test_every_prompt_is_trained_once_whenever_the_process_ends(
     interval: int,
     epochs: int,
     filtered: str,
-    stops: list[float],
+    stops: list[tuple[float, bool]],
     seed: int,
+    most: int | None,
 ) -> None:
     rows = 23
     interval = min(interval, staleness + 1)
@@ -131,22 +170,27 @@ def test_every_prompt_is_trained_once_whenever_the_process_ends(
         prompt_groups_per_step=batch,
         pipeline_chunks_per_step=min(chunks, batch),
         on_filtered=filtered,
+        max_steps=most,
         data={"epochs": epochs},
         staleness={"policy": policy, "max_staleness": staleness},
         publish={"weight_sync_interval": interval},
         concurrency={"min_window": 8, "max_window": 8},
     )
     lineage, state = Lineage(), None
-    for stop_s in [*stops, None]:
+    for stop_s, clean in [*stops, (None, False)]:
         lineage.rewind(state.step if state is not None else 0)
-        saved = live(config, rows, seed, lineage, state, stop_s)
+        saved = live(config, rows, lineage, state, stop_s, clean=clean)
         state = saved.states[-1] if saved.states else state
         if lineage.finished:
             break
     assert lineage.finished
+    steps = min(-(-rows * epochs // batch), most or rows * epochs)
+    assert sorted({step for step, _, _ in lineage.trained}) == list(range(1, steps + 1))
     times = Counter(draw for _, draw, _ in lineage.trained)
-    assert times == Counter({(epoch, row): 1 for epoch in range(epochs) for row in range(rows)})
-    assert sorted({step for step, _, _ in lineage.trained}) == list(range(1, -(-rows * epochs // batch) + 1))
+    assert set(times.values()) == {1}
+    assert len(times) == min(rows * epochs, steps * batch)
+    if most is None:
+        assert times.keys() == {(epoch, row) for epoch in range(epochs) for row in range(rows)}
     if policy == "wait":
         assert max(old for _, _, old in lineage.trained) <= staleness
 
@@ -162,14 +206,30 @@ def test_finished_groups_are_trained_and_not_rolled_out_again() -> None:
         concurrency={"min_window": 8, "max_window": 8},
     )
     lineage = Lineage()
-    saved = live(config, 40, 0, lineage, None, 30.0)
+    saved = live(config, 40, lineage, None, 30.0)
     state = next(state for state in saved.states if len(state.groups) > 1)
     waiting = {(group.epoch, group.row) for group in state.groups}
     unfinished = {tuple(key) for key in state.loop["unfinished"]}
     assert not waiting & unfinished
     lineage.rewind(state.step)
 
-    live(config, 40, 0, lineage, state, None)
+    live(config, 40, lineage, state, None)
     assert {draw for _, draw, _ in lineage.trained} == {(0, row) for row in range(40)}
     left = 40 - 2 * state.step - len(waiting)
     assert lineage.rollouts == state.loop["rollouts"] + left, "what was finished was not rolled out again"
+
+
+def test_the_budget_of_steps_that_failed_comes_back() -> None:
+    """On-policy there is room for one batch: if it did not come back, nothing could ever be begun again."""
+    config = Config(
+        model="none",
+        completions_per_prompt=1,
+        advantage="reinforce",
+        prompt_groups_per_step=2,
+        staleness={"max_staleness": 0},
+        concurrency={"min_window": 8, "max_window": 8},
+    )
+    lineage = Lineage()
+    live(config, 20, lineage, None, None, failing=frozenset({2, 3, 6}))
+    assert lineage.finished
+    assert sorted(step for step, _, _ in lineage.trained) == sorted([*range(1, 8)] * 2), "14 of 20 groups"

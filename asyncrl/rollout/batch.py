@@ -99,11 +99,8 @@ class Batch:
         return verdict
 
     def add(self, groups: Iterable[Group]) -> list[TrainSequence]:
-        """Take a chunk in. Returns its sequences, tokens over the bound masked where that was asked for.
-
-        They come in the order of admission: which rollout was the faster one must not change a sum of floats.
-        """
-        chunk = sorted(groups, key=lambda group: group.sequence)
+        """Take a chunk in. Returns its sequences, tokens over the bound masked where that was asked for."""
+        chunk = list(groups)
         self.chunks.append(chunk)
         sequences = [sequence for group in chunk if group.advantages for sequence in self._sequences(group)]
         self.sequences += len(sequences)

@@ -69,9 +69,9 @@ def rows(shop: Path) -> dict[str, list[dict[str, Any]]]:
     asked = {"question": "How much tea has been sold?", "sql": TEAS, "database": str(shop)}
     counted = [{"stdin": "4 5 6", "stdout": "3"}, {"stdin": "7", "stdout": "1"}]
     return {
-        "sql": [asked] * 4,
-        "countdown": [{"numbers": [1, 2], "target": 3}] * 4,
-        "code": [{"task": "Print how many integers there are.", "tests": counted}] * 4,
+        "sql": [asked] * 12,
+        "countdown": [{"numbers": [1, 2], "target": 3}] * 12,
+        "code": [{"task": "Print how many integers there are.", "tests": counted}] * 12,
     }
 
 

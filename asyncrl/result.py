@@ -88,15 +88,15 @@ class TrainResult:
             return None
         return f"the best held-out reward was {self.best.reward}, at step {self.best.version} of {self.steps}"
 
-    def how_to_go_on(self) -> str | None:
-        """For whoever stopped it."""
+    def how_to_go_on(self, *, by_command: bool) -> str | None:
+        """For whoever stopped it. `by_command`: its settings name the rollout function and the data."""
         if not self.interrupted:
             return None
         if self.checkpoint is None:
             return "there is no checkpoint: nothing was trained, or checkpoint.final is off"
-        return (
-            f"go on with it: asyncrl resume {self.run_dir} (from Python: run_dir={str(self.run_dir)!r} and resume=True)"
-        )
+        if by_command:
+            return f"go on with it: asyncrl resume {self.run_dir}"
+        return f"go on with it: run_dir={str(self.run_dir)!r} in the config, and resume=True"
 
     def last_words(self, *, saved: bool) -> str:
         """One sentence on how it ended and where the model is."""

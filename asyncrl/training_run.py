@@ -362,10 +362,15 @@ class TrainingRun:
     def conclude(self, result: TrainResult) -> None:
         """Write the summary, and say how it went and where the time went."""
         self.live.catch_up()
+        by_command = self.config.rollout_fn is not None and self.config.dataset is not None
         self.life.folder.write_summary(result.summary())
         if self.account.steps:
             self.live.note(where_time_went(self.account))
-        for remark in (result.why_nothing_was_trained(), result.what_was_better(), result.how_to_go_on()):
+        for remark in (
+            result.why_nothing_was_trained(),
+            result.what_was_better(),
+            result.how_to_go_on(by_command=by_command),
+        ):
             if remark:
                 self.live.note(remark)
         self.live.note(result.last_words(saved=self.config.save_model))

@@ -179,7 +179,8 @@ class SamplerConfig(Section):
     request_timeout_s: PositiveFloat = 600.0
     """How long one request may take."""
     outage_timeout_s: PositiveFloat = 300.0
-    """A server that dies or does not answer is started again; the run ends when none has answered for so long."""
+    """A server that dies or does not answer is started again; the run ends when none has answered for so long, and as
+    long as the first start took."""
 
     @field_validator("urls")
     @classmethod

@@ -147,7 +147,7 @@ class Supervisor:
                 await self._failed(replica, error)
             else:
                 self._fleet.put_in(replica)
-                logger.info("vllm replica back", replica=replica.name, seconds=round(_now() - began, 1))
+                logger.warning("vllm replica back", replica=replica.name, seconds=round(_now() - began, 1))
                 return
 
     async def _failed(self, replica: Replica, error: Exception) -> None:

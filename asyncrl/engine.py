@@ -392,11 +392,7 @@ class Engine:
             "tokens_generated": load.generated_tokens,
             "rollouts_finished": self.scheduler.finished_rollouts,
             "published": self.published,
-            **(
-                {"replicas_up": load.replicas_up, "replicas_lost": load.replicas_lost}
-                if load.replicas_up is not None
-                else {}
-            ),
+            **load.replicas(),
         }
 
     def _report(self, batch: Batch, result: StepResult) -> None:

@@ -79,6 +79,12 @@ class Load:
     replicas_lost: int = 0
     """Counter: servers that died, hung, or were out of reach."""
 
+    def replicas(self) -> dict[str, float]:
+        """What is known of servers, as metrics; nothing where there are none."""
+        return (
+            {} if self.replicas_up is None else {"replicas_up": self.replicas_up, "replicas_lost": self.replicas_lost}
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Probe:

@@ -109,7 +109,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("sampler_waiting", "scheduler", "requests", "Requests that wait for room in the sampler."),
     Metric("replicas_up", "scheduler", "servers", "vLLM replicas that serve; there only where vLLM samples. Fewer than "
            "`sampler.replicas`: one is coming back, and the log says why."),
-    Metric("replicas_lost", "scheduler", "servers", "How often a vLLM replica was lost, since the start of the process."),
+    Metric("replicas_lost", "scheduler", "servers", "How often a vLLM replica was lost in the life of the process."),
     Metric("kv_use", "scheduler", "1", "Share of the sampler's KV cache in use, where it can say."),
     Metric("loss", "objective", "1", "What was minimised, after the reduction that `loss.normalization` names."),
     Metric("grad_norm", "objective", "1", "Global gradient norm before clipping."),

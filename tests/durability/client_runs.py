@@ -63,6 +63,7 @@ LIMITS = {
     "storage.ledger_file.DISK_LIMIT_S": 3.0,
     "storage.samples.DISK_LIMIT_S": 3.0,
     "training_run.LOAD_LIMIT_S": STALL_S,
+    "run.LOAD_LIMIT_S": STALL_S,
 }
 """Those of real runs are minutes and hours."""
 SETTINGS: dict[str, Any] = {

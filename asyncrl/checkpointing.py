@@ -39,6 +39,13 @@ SHARE = 0.01
 log = structlog.get_logger(__name__)
 
 
+def is_due(config: CheckpointConfig, step: int, since_s: float, cost_s: float) -> bool:
+    """Whether `step` is one to save: `since_s` after the last checkpoint, for which training stood still `cost_s`."""
+    if config.interval is None:
+        return since_s >= max(LEAST_S, cost_s / SHARE)
+    return config.interval > 0 and step % config.interval == 0
+
+
 @dataclass(slots=True)
 class Checkpointer:
     """Owns the checkpoint that is being written."""
@@ -68,25 +75,28 @@ class Checkpointer:
 
     def due(self, step: int) -> bool:
         """Whether to save after `step`."""
+        since_s = time.monotonic() - self._last_at
         if self.config.interval is None:
-            self._due = time.monotonic() - self._last_at >= max(LEAST_S, self.cost_s / SHARE)
-        elif self.config.interval:
-            self._due |= step % self.config.interval == 0
+            late = time.monotonic() - self._began_at > self.config.timeout_s  # then `save` says so
+            self._due = is_due(self.config, step, since_s, self.cost_s) and (late or not self._writes)
+        else:
+            self._due |= is_due(self.config, step, since_s, self.cost_s)
         return self._due and step % self.every_steps == 0
+
+    @property
+    def _writes(self) -> bool:
+        return self._task is not None and not self._task.done()
 
     async def save(self, state: RunState, reason: Reason = "interval") -> None:
         """Returns when the trainer may go on; the rest comes to the disk meanwhile.
 
-        Where the one before is still being written, it is waited for if the steps are named (`keep_every` counts on
-        them), and this one is left to a later step if they are not.
+        Where the one before is still being written, it is waited for: the steps are named, and `keep_every` counts on
+        them. Where they are not, none is `due` meanwhile.
 
         Raises:
             EngineError: the one before did not come to the disk within `checkpoint.timeout_s`.
         """
-        if self._task is not None and not self._task.done():
-            if self.config.interval is None and time.monotonic() - self._began_at <= self.config.timeout_s:
-                log.info("no checkpoint yet: the one before is still being written", step=state.step)
-                return
+        if self._writes:
             await self._written()
         self._due = False
         self._began_at = self._last_at = time.monotonic()

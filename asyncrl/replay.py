@@ -26,7 +26,7 @@ from asyncrl.config import Config
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.rollout.batch import Batch
 from asyncrl.storage.checkpoints import Checkpoint, Checkpoints, resolve
-from asyncrl.storage.folder import RunFolder
+from asyncrl.storage.folder import RunFolder, existing_run
 from asyncrl.storage.samples import Record, Recording, read_samples
 from asyncrl.training.trainer import TorchTrainer
 from asyncrl.types import StepResult
@@ -151,9 +151,7 @@ def steps_between(root: Path, first: int, last: int | None) -> list[Record]:
 
     Raises: as `replay`.
     """
-    if not root.is_dir():
-        raise ConfigError(f"there is no run folder {root}. Runs are in runs/, one folder each, unless run_dir is set.")
-    taken = [record for record in read_samples(RunFolder(root).samples) if record.failed is None]
+    taken = [record for record in read_samples(RunFolder(existing_run(root)).samples) if record.failed is None]
     newest = max((record.step for record in taken), default=0)
     last = newest if last is None else last
     if not first < last <= newest:

@@ -195,16 +195,21 @@ def test_every_prompt_is_trained_once_whenever_the_process_ends(
         assert max(old for _, _, old in lineage.trained) <= staleness
 
 
-def test_finished_groups_are_trained_and_not_rolled_out_again() -> None:
-    """A slow prompt of the first batch holds a step up while many others finish."""
-    config = Config(
+def pairs(max_staleness: int) -> Config:
+    """Steps of two groups of one rollout each."""
+    return Config(
         model="none",
         completions_per_prompt=1,
         advantage="reinforce",
         prompt_groups_per_step=2,
-        staleness={"max_staleness": 4},
+        staleness={"max_staleness": max_staleness},
         concurrency={"min_window": 8, "max_window": 8},
     )
+
+
+def test_finished_groups_are_trained_and_not_rolled_out_again() -> None:
+    """A slow prompt of the first batch holds a step up while many others finish."""
+    config = pairs(max_staleness=4)
     lineage = Lineage()
     saved = live(config, 40, lineage, None, 30.0)
     state = next(state for state in saved.states if len(state.groups) > 1)
@@ -221,14 +226,7 @@ def test_finished_groups_are_trained_and_not_rolled_out_again() -> None:
 
 def test_the_budget_of_steps_that_failed_comes_back() -> None:
     """On-policy there is room for one batch: if it did not come back, nothing could ever be begun again."""
-    config = Config(
-        model="none",
-        completions_per_prompt=1,
-        advantage="reinforce",
-        prompt_groups_per_step=2,
-        staleness={"max_staleness": 0},
-        concurrency={"min_window": 8, "max_window": 8},
-    )
+    config = pairs(max_staleness=0)
     lineage = Lineage()
     live(config, 20, lineage, None, None, failing=frozenset({2, 3, 6}))
     assert lineage.finished

@@ -16,7 +16,7 @@ from rich.text import Text
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.storage.audit import Fault, LifeTally
 from asyncrl.storage.audit_run import Audit, audit_run
-from asyncrl.storage.folder import RunFolder
+from asyncrl.storage.folder import RunFolder, existing_run
 from asyncrl.storage.ledger_file import Event, Life, read_ledger
 from asyncrl.terminal import visible
 
@@ -39,7 +39,7 @@ def audit_runs(runs: Sequence[str], row: int | None = None) -> int:
     code = CLEAN
     for run in runs:
         try:
-            root = _run_folder(run)
+            root = existing_run(run)
             code = max(code, _audit(root, console) if row is None else _show_row(root, row, console))
         except (ConfigError, DataError) as error:
             if len(runs) == 1:
@@ -47,13 +47,6 @@ def audit_runs(runs: Sequence[str], row: int | None = None) -> int:
             console.print(Text.assemble((f"{run}: ", "bold"), (str(error), "red")), soft_wrap=True)
             code = NO_LEDGER
     return code
-
-
-def _run_folder(run: str) -> Path:
-    root = Path(run)
-    if not root.is_dir():
-        raise ConfigError(f"there is no run folder {root}. Runs are in runs/, one folder each, unless run_dir is set.")
-    return root
 
 
 def _audit(root: Path, console: Console) -> int:

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.metrics.jsonl import encode
-from asyncrl.storage.folder import RunFolder
+from asyncrl.storage.folder import RunFolder, existing_run
 from asyncrl.terminal import visible
 
 BLOCK_BYTES = 1 << 20
@@ -126,9 +126,7 @@ def _choose(rollouts: Iterator[Rollout], limit: int, best: int | None, worst: in
 
 def _logged(root: Path) -> Iterator[Rollout]:
     """The rollouts of a run folder; at least one."""
-    if not root.is_dir():
-        raise ConfigError(f"there is no run folder {root}. Runs are in runs/, one folder each, unless run_dir is set.")
-    path = RunFolder(root).rollouts
+    path = RunFolder(existing_run(root)).rollouts
     rollouts = read_rollouts(path) if path.is_file() else iter(())
     first = next(rollouts, None)
     if first is None:

@@ -15,7 +15,7 @@ from rich.text import Text
 from asyncrl.errors import ConfigError
 from asyncrl.rollout.batch import loss_versions
 from asyncrl.storage.environment import environment
-from asyncrl.storage.folder import RunFolder
+from asyncrl.storage.folder import RunFolder, existing_run
 from asyncrl.storage.log import open_log
 from asyncrl.storage.samples import Record, read_samples
 from asyncrl.terminal import visible
@@ -34,7 +34,7 @@ def replay_run(run: str, start: str | None, stop: int | None, out: str | None) -
 
     Raises: as `asyncrl.replay.replay`.
     """
-    root = _run_folder(run)
+    root = existing_run(run)
     if out is not None and Path(out).exists():
         raise ConfigError(f"--out: {out} exists already. Name a folder that does not.")
     given_up = [record for record in read_samples(RunFolder(root).samples) if record.failed is not None]
@@ -60,7 +60,7 @@ def show_step(run: str, number: int) -> int:
         ConfigError: there is no such run, or no such step in it.
         DataError: nothing is recorded of it, or the file is damaged.
     """
-    root = _run_folder(run)
+    root = existing_run(run)
     records = read_samples(RunFolder(root).samples)
     chosen = [record for record in records if record.step == number]
     if not chosen:
@@ -72,13 +72,6 @@ def show_step(run: str, number: int) -> int:
             console.print(Text(f"given up: {visible(record.failed)}", "red"), soft_wrap=True)
         console.print(_table(record))
     return SAME
-
-
-def _run_folder(run: str) -> Path:
-    root = Path(run)
-    if not root.is_dir():
-        raise ConfigError(f"there is no run folder {root}. Runs are in runs/, one folder each, unless run_dir is set.")
-    return root
 
 
 def _say_step(step: ReplayedStep, console: Console) -> None:

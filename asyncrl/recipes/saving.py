@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 
-from asyncrl.checkpointing import LEAST_S, SHARE, Reason
+from asyncrl.checkpointing import Reason, is_due
 from asyncrl.config import CheckpointConfig
 from asyncrl.errors import EngineError, TrainerError
 from asyncrl.metrics.jsonl import encode
@@ -58,7 +58,7 @@ class Saver:
         """
         if self._writing is not None and self._writing.written.done():
             self._settle()
-        if self._due(step):
+        if is_due(self.config, step, time.monotonic() - self._last_at, self._stood_still_s):
             self._settle()
             self._begin(step, state(), "interval")
 
@@ -72,11 +72,6 @@ class Saver:
         if self.config.final and step and step != self.last_step:
             self._begin(step, state(), reason)
             self._settle()
-
-    def _due(self, step: int) -> bool:
-        if self.config.interval is None:
-            return time.monotonic() - self._last_at >= max(LEAST_S, self._stood_still_s / SHARE)
-        return self.config.interval > 0 and step % self.config.interval == 0
 
     def _begin(self, step: int, state: Mapping[str, Any], reason: Reason) -> None:
         began = time.monotonic()

@@ -209,6 +209,14 @@ class RunFolder:
         _write_json(self.summary, summary)
 
 
+def existing_run(run: str | Path) -> Path:
+    """The folder that somebody named. Raises `ConfigError` where there is none."""
+    root = Path(run)
+    if not root.is_dir():
+        raise ConfigError(f"there is no run folder {root}. Runs are in runs/, one folder each, unless run_dir is set.")
+    return root
+
+
 @contextmanager
 def full_disk_named(root: Path) -> Iterator[None]:
     """Say which folder cannot be written, where that is what ends the block. The user's own `OSError`s have become

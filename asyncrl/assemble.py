@@ -6,11 +6,11 @@ virtual time (testing/simulation.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from asyncrl.config import Config
 from asyncrl.data import PromptStream, Rows
-from asyncrl.engine import Engine, EngineSettings, Record
+from asyncrl.engine import Engine, EngineSettings
 from asyncrl.rollout.batch import Batch
 from asyncrl.rollout.concurrency import controller
 from asyncrl.rollout.contract import Contract
@@ -20,7 +20,9 @@ from asyncrl.rollout.guests import Guests
 from asyncrl.rollout.queue import GroupQueue
 from asyncrl.rollout.scheduler import PolicyFactory, RolloutFn, RolloutSettings, Scheduler
 from asyncrl.rollout.staleness import StalenessBudget
+from asyncrl.step_record import Gauges, Record
 from asyncrl.storage.ledger import EventStore, Ledger
+from asyncrl.storage.timeline import Timeline
 from asyncrl.types import Sampler, Trainer
 from asyncrl.watchdog import Watchdog
 
@@ -34,11 +36,12 @@ def assemble(
     trainer: Trainer,
     make_policy: PolicyFactory,
     on_step: Callable[[Record, Batch], None],
-    on_gauges: Callable[[Mapping[str, float]], None] = lambda gauges: None,
+    on_gauges: Callable[[Gauges], None] = lambda gauges: None,
     contract: Contract | None = None,
     canary_tolerance: float | None = None,
     ledger_store: EventStore | None = None,
     watchdog: Watchdog | None = None,
+    timeline: Timeline | None = None,
 ) -> Engine:
     """An engine that is ready to `run`. The sampler and the trainer must have been entered."""
     hard = config.staleness.policy == "wait"
@@ -70,6 +73,7 @@ def assemble(
             seed=config.seed,
         ),
         live_version=lambda: sampler.version,
+        timeline=timeline,
     )
     guests.freed = scheduler.pump
     return Engine(
@@ -83,6 +87,7 @@ def assemble(
         watchdog=watchdog or Watchdog(config.stall_timeout_s),
         on_step=on_step,
         on_gauges=on_gauges,
+        timeline=timeline,
     )
 
 

@@ -69,7 +69,7 @@ __all__ = [
 ]
 
 GRPO_KL_BETA = 0.001
-TAKEN_NAMES = frozenset({"checkpoints", "evaluation", "logs", "tensorboard", "wandb", "weights"})
+TAKEN_NAMES = frozenset({"checkpoints", "evaluation", "logs", "samples", "tensorboard", "timeline", "wandb", "weights"})
 
 
 class Config(Section):
@@ -121,6 +121,8 @@ class Config(Section):
     sampler, one request at a time and one thread on a CPU: for debugging, not for speed."""
     record_samples: bool = True
     """Keep what is trained on, so that `asyncrl replay` can train again from it."""
+    record_timeline: bool = True
+    """Keep when every rollout and every step began and ended: for `asyncrl trace`, `report` and `tune`."""
     trackers: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
     """Beside `metrics.jsonl`, which is always written."""
     log_rollouts: NonNegativeInt = 2

@@ -11,10 +11,7 @@ when the next one is due.
 
 from __future__ import annotations
 
-import asyncio
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +19,7 @@ import anyio
 import structlog
 
 from asyncrl.errors import SamplerRequestError, StepFailed, TrainerError, first_failure
-from asyncrl.metrics.lag import LagMeter, watch_lag
+from asyncrl.metrics.lag import watch_lag
 from asyncrl.publication import Publication
 from asyncrl.rollout.batch import Batch, chunk_sizes
 from asyncrl.rollout.concurrency import ConcurrencyController
@@ -31,8 +28,10 @@ from asyncrl.rollout.scheduler import Scheduler
 from asyncrl.rollout.staleness import Verdict
 from asyncrl.run_state import RunState, capture
 from asyncrl.standstill import where
+from asyncrl.step_record import Gauges, Record, StepAccount, now
 from asyncrl.storage.ledger import Ledger
-from asyncrl.types import Group, Load, Sampler, StepResult, Trainer, TrainSequence
+from asyncrl.storage.timeline import Timeline
+from asyncrl.types import Group, Sampler, StepResult, Trainer, TrainSequence
 from asyncrl.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -42,7 +41,6 @@ LOAD_EVERY_S = 0.25
 """How often the sampler is asked for its load: short against a rollout, long against the few ms that it costs."""
 LOAD_LIMIT_S = 5.0
 
-Record = dict[str, float]
 log = structlog.get_logger(__name__)
 
 
@@ -65,16 +63,6 @@ class EngineSettings:
 
 
 @dataclass(slots=True)
-class Times:
-    """Where the wall time of a step went, in seconds."""
-
-    wait_s: float = 0.0
-    train_s: float = 0.0
-    publish_wait_s: float = 0.0
-    checkpoint_s: float = 0.0
-
-
-@dataclass(slots=True)
 class Engine:
     """Owns the step count, the batch being trained, and the publication under way."""
 
@@ -87,7 +75,7 @@ class Engine:
     trainer: Trainer
     watchdog: Watchdog
     on_step: Callable[[Record, Batch], None]
-    on_gauges: Callable[[Mapping[str, float]], None] = lambda gauges: None
+    on_gauges: Callable[[Gauges], None] = lambda gauges: None
     on_published: Callable[[int], None] = lambda version: None
     step: int = 0
     """Optimizer steps taken."""
@@ -99,18 +87,15 @@ class Engine:
     on_failed_step: Callable[[Batch, StepFailed], None] = lambda batch, error: None
     _failed_steps: int = 0
     """In a row."""
-    _phase: str = "starting"
+    timeline: Timeline | None = None
+    phase: str = "starting"
+    """What the trainer does."""
     _phase_since: float = 0.0
-    _load: Load | None = None
-    _times: Times = field(default_factory=Times)
-    _started_at: float | None = None
-    _elapsed_before_s: float = 0.0
-    _step_began_at: float = 0.0
-    _tokens_seen: int = 0
-    _lag: LagMeter = field(default_factory=LagMeter)
+    account: StepAccount = field(init=False)
     publication: Publication = field(init=False)
 
     def __post_init__(self) -> None:
+        self.account = StepAccount(self)
         self.publication = Publication(
             self.sampler,
             self.settings.publish_timeout_s,
@@ -130,14 +115,13 @@ class Engine:
         Raises:
             EngineError: whatever ends the run early, the first cause.
         """
-        self._step_began_at = _now()
-        self._started_at = _now() - self._elapsed_before_s
+        self.account.start()
         try:
             with self.watchdog.phase("training", marks=self._marks, describe=self.describe):
                 try:
                     async with self.scheduler, anyio.create_task_group() as helpers:
                         helpers.start_soon(self._watch_load, name="asyncrl load monitor")
-                        helpers.start_soon(watch_lag, self._lag, name="asyncrl lag monitor")
+                        helpers.start_soon(watch_lag, self.account.lag, name="asyncrl lag monitor")
                         self.scheduler.pump()
                         self.on_published(self.published)  # an earlier life may have ended before it was evaluated
                         await self._train()
@@ -154,13 +138,13 @@ class Engine:
 
     def go_on(self, step: int, *, elapsed_s: float, worst_staleness: int) -> None:
         """Start where an earlier life of the run had come to. The weights of `step` must be live."""
-        self.step, self.worst_staleness, self._elapsed_before_s = step, worst_staleness, elapsed_s
+        self.step, self.worst_staleness, self.account.elapsed_before_s = step, worst_staleness, elapsed_s
         if self.settings.sync_interval:
             self.publication.live = step
 
     def elapsed_s(self) -> float:
         """Seconds of training, over all lives of the run."""
-        return _now() - self._started_at if self._started_at is not None else self._elapsed_before_s
+        return self.account.elapsed_s()
 
     def capture(self) -> RunState:
         """What a checkpoint holds of the loop. No optimizer step may be under way."""
@@ -193,7 +177,7 @@ class Engine:
             self._report(batch, result)
         if self.checkpoints is not None and state is not None:
             self._enter(f"taking a snapshot of step {self.step} for a checkpoint")
-            with self._timed("checkpoint_s"):
+            with self.account.timed("checkpoint_s"):
                 await self.checkpoints.save(state)
 
     def _done(self) -> bool:
@@ -219,7 +203,7 @@ class Engine:
     async def _take(self, batch: Batch, size: int) -> list[Group]:
         """The next groups, oldest first; fewer than `size` only when no more will come."""
         groups: list[Group] = []
-        with self._timed("wait_s"):
+        with self.account.timed("wait_s"):
             while len(groups) < size:
                 self._enter(f"waiting for group {len(self.taken) + 1} of step {self.step + 1}")
                 group = await self.queue.take()
@@ -243,7 +227,7 @@ class Engine:
 
     async def _forward_backward(self, sequences: Sequence[TrainSequence]) -> None:
         self._enter(f"training step {self.step + 1}: {len(sequences)} sequences forward and backward")
-        with self._timed("train_s"):
+        with self.account.timed("train_s"):
             await self.trainer.forward_backward(sequences)
 
     async def _optimize(self, batch: Batch) -> StepResult | None:
@@ -256,7 +240,7 @@ class Engine:
             self.scheduler.pump()
             return None
         self._enter(f"training step {self.step + 1}: optimizer")
-        with self._timed("train_s"):
+        with self.account.timed("train_s"):
             result = await self.trainer.optim_step()
         self.step += 1
         assert result.step == self.step, f"the trainer counts {result.step} steps, the engine {self.step}"
@@ -303,7 +287,7 @@ class Engine:
 
     async def _publish(self) -> None:
         """Start a hot-load of the current weights, once the one before it has ended."""
-        with self._timed("publish_wait_s"):
+        with self.account.timed("publish_wait_s"):
             await self._published()
             self._enter(f"exporting version {self.step}")
             weights = await self.trainer.save_weights_for_sampler()
@@ -315,6 +299,8 @@ class Engine:
         await self.publication.ended()
 
     def _went_live(self, version: int) -> None:
+        if self.timeline is not None:
+            self.timeline.span("publish", f"hot-load of {version}", self.publication.began_at, now(), version=version)
         self.scheduler.published(version)
         self.on_published(version)
 
@@ -332,34 +318,34 @@ class Engine:
         while True:
             try:
                 with anyio.fail_after(LOAD_LIMIT_S):
-                    self._load = await self.sampler.load()
+                    load = await self.sampler.load()
             except (TimeoutError, SamplerRequestError) as error:
                 log.info("no load metrics", error=repr(error))
             else:
                 before = self.slots.window_size
-                self.slots.observe(self._load, _now())
+                self.account.sampled(load)
+                self.slots.observe(load, now())
                 if self.slots.window_size != before:
                     log.info("window", reason=self.slots.reason)
                     self.scheduler.pump()
-            self.on_gauges(self.gauges())
+            self.on_gauges(self.account.live())
+            if self.timeline is not None:
+                self.timeline.flush()
             await anyio.sleep(LOAD_EVERY_S)
 
     def _marks(self) -> tuple[Any, ...]:
         """What changes when something moves."""
-        return (self.scheduler.finished_rollouts, self.step, self.published, self._phase, self._generated())
-
-    def _generated(self) -> int:
-        return self._load.generated_tokens if self._load is not None else 0
+        return (self.scheduler.finished_rollouts, self.step, self.published, self.phase, self.account.generated)
 
     def describe(self, now: float) -> list[str]:
         """Who waits for what, since when."""
         lines = [
-            f"engine: {self._phase}, for {now - self._phase_since:.0f} s",
+            f"engine: {self.phase}, for {now - self._phase_since:.0f} s",
             f"queue: {len(self.queue)} finished groups, {self.scheduler.open_groups} unfinished",
             f"slots: {self.slots.in_flight} of {self.slots.window_size} rollouts, "
             f"{self.scheduler.guests.in_use} of an evaluation; "
             f"staleness budget: {self.scheduler.budget.free} of {self.scheduler.budget.slots} groups free",
-            f"sampler: {self._load}",
+            f"sampler: {self.account.load}",
         ]
         oldest = self.scheduler.oldest(now)
         return lines + [f"rollout: {member}, for {age_s:.0f} s, at {where(member.task)}" for member, age_s in oldest]
@@ -367,82 +353,9 @@ class Engine:
     # What it tells
 
     def _enter(self, phase: str) -> None:
-        self._phase, self._phase_since = phase, _now()
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        began = _now()
-        try:
-            yield
-        finally:
-            setattr(self._times, name, getattr(self._times, name) + _now() - began)
-
-    def gauges(self) -> dict[str, float]:
-        """How things stand now."""
-        load = self._load or Load(0, 0)
-        return {
-            "step": self.step,
-            "in_flight": self.slots.in_flight,
-            "window": self.slots.window_size,
-            "queue_groups": len(self.queue),
-            "budget_free": self.scheduler.budget.free,
-            "sampler_running": load.running,
-            "sampler_waiting": load.waiting,
-            "kv_use": load.kv_use if load.kv_use is not None else 0.0,
-            "tokens_generated": load.generated_tokens,
-            "rollouts_finished": self.scheduler.finished_rollouts,
-            "published": self.published,
-            **load.replicas(),
-        }
+        self.phase, self._phase_since = phase, now()
 
     def _report(self, batch: Batch, result: StepResult) -> None:
-        now = _now()
-        counts, times = self.scheduler.take_counts(), self._times
-        step_s, self._step_began_at, self._times = now - self._step_began_at, now, Times()
-        publish_s, self.publication.seconds = self.publication.seconds, 0.0
-        tokens, self._tokens_seen = self._generated() - self._tokens_seen, self._generated()
-        rewards = [reward for group in batch.trained for reward in group.rewards]
-        trained_mean = sum(rewards) / len(rewards) if rewards else math.nan
-        record: Record = {
-            **self.gauges(),
-            **self.slots.step_completed(),
-            "step": self.step,
-            "time_s": self.elapsed_s(),
-            "step_s": step_s,
-            "wait_s": times.wait_s,
-            "train_s": times.train_s,
-            "publish_wait_s": times.publish_wait_s,
-            "publish_s": publish_s,
-            "checkpoint_s": times.checkpoint_s,
-            "loop_lag_s": self._lag.take(),
-            "reward_mean": counts.reward_sum / counts.reward_count if counts.reward_count else trained_mean,
-            "reward_trained_mean": trained_mean,
-            **batch.turn_rewards(),
-            "groups_trained": len(batch.trained),
-            "groups_filtered": counts.filtered,
-            "groups_rejected": counts.rejected,
-            "members_failed": counts.lost,
-            "members_retried": counts.retried,
-            "members_dropped": counts.dropped,
-            "samples": batch.sequences,
-            "samples_per_s": batch.sequences / step_s if step_s else 0.0,
-            "tokens_per_s": tokens / step_s if step_s else 0.0,
-            "staleness_mean": batch.staleness.mean,
-            "staleness_max": batch.staleness.highest,
-            "staleness_min": batch.staleness.lowest,
-            **batch.staleness.shares(),
-            "stale_masked_tokens": batch.staleness.masked_tokens,
-            "stale_requeued": counts.requeued,
-            "stale_dropped": counts.stale,
-            "tokens_generated": tokens,
-            "rollouts_finished": counts.rollouts,
-            "canary_diff": self.publication.canary_diff,
-            **result.metrics,
-        }
-        self.on_gauges(self.gauges())
+        record = self.account.close(batch, result)
+        self.on_gauges(self.account.live())
         self.on_step(record, batch)
-
-
-def _now() -> float:
-    """Seconds on the loop's clock, which is monotonic, and virtual in simulations."""
-    return asyncio.get_running_loop().time()

@@ -32,6 +32,8 @@ class Publication:
     canary_diff: float = 0.0
     seconds: float = 0.0
     """Spent on hot-loads. Whoever reports it takes it back to 0."""
+    began_at: float = 0.0
+    """Of the last hot-load, on the loop's clock."""
     _task: asyncio.Task[None] | None = None
 
     def start(self, weights: Weights) -> None:
@@ -61,9 +63,9 @@ class Publication:
 
     async def _go_live(self, weights: Weights) -> None:
         loop = asyncio.get_running_loop()
-        began = loop.time()
+        self.began_at = loop.time()
         await self.hot_load(weights)
-        self.seconds += loop.time() - began
+        self.seconds += loop.time() - self.began_at
         self.live = weights.version
         self.on_live(weights.version)
 

@@ -20,7 +20,7 @@ from asyncrl.collector import calm_collector
 from asyncrl.config import Config
 from asyncrl.data import Rows
 from asyncrl.ends import canary_tolerance, choose_sampler, open_policy, open_sampler, torch_threads
-from asyncrl.engine import Engine, Record
+from asyncrl.engine import Engine
 from asyncrl.errors import AsyncRLError, EngineError, StepFailed
 from asyncrl.interrupt import Interrupt
 from asyncrl.lives import Life
@@ -35,9 +35,11 @@ from asyncrl.rollout.contract import Contract
 from asyncrl.rollout.evaluations import Evaluated, EvaluationFn, Evaluations
 from asyncrl.rollout.factory import RolloutSetup, open_rollout
 from asyncrl.run_state import restore
+from asyncrl.step_record import Record
 from asyncrl.storage.checkpoints import Checkpoints, resolve
 from asyncrl.storage.rollouts import RolloutLog
 from asyncrl.storage.samples import SampleRecorder
+from asyncrl.storage.timeline import Timeline
 from asyncrl.types import Probe, Sampler, Trainer
 from asyncrl.watchdog import Watchdog
 
@@ -197,6 +199,7 @@ class TrainingRun:
             canary_tolerance=canary_tolerance(config),
             ledger_store=self.life.store,
             watchdog=self.watchdog,
+            timeline=self._open_timeline(stack) if config.record_timeline else None,
         )
         engine.on_failed_step = on_failed_step
         return engine
@@ -232,6 +235,11 @@ class TrainingRun:
         if self.recorder is not None:
             with suppress(EngineError):  # the next step tells it; a checkpoint without samples is better than none
                 await self.recorder.flush()
+
+    def _open_timeline(self, stack: AsyncExitStack) -> Timeline:
+        timeline = Timeline(self.life.folder.timeline, self.life.number)
+        stack.callback(timeline.close)
+        return timeline
 
     def _open_recorder(self, stack: AsyncExitStack) -> SampleRecorder:
         """With what a replay makes the same trainer from."""

@@ -59,6 +59,18 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerLoad:
+    """How busy one server of a sampler is."""
+
+    name: str
+    running: int
+    waiting: int
+    kv_use: float
+    """Share of its KV cache in use, 0 to 1."""
+    up: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """How busy the sampler is. Counters only grow; gauges speak of now."""
 
@@ -78,12 +90,28 @@ class Load:
     """Servers that requests go to, now; None: the sampler has no servers."""
     replicas_lost: int = 0
     """Counter: servers that died, hung, or were out of reach."""
+    servers: tuple[ServerLoad, ...] = ()
 
     def replicas(self) -> dict[str, float]:
         """What is known of servers, as metrics; nothing where there are none."""
-        return (
-            {} if self.replicas_up is None else {"replicas_up": self.replicas_up, "replicas_lost": self.replicas_lost}
-        )
+        if self.replicas_up is None:
+            return {}
+        known: dict[str, float] = {"replicas_up": self.replicas_up, "replicas_lost": self.replicas_lost}
+        requests = [server.running + server.waiting for server in self.servers if server.up]
+        if len(requests) > 1 and (total := sum(requests)):
+            known["replica_spread"] = max(requests) * len(requests) / total
+        return known
+
+    def by_server(self) -> dict[str, list[float]]:
+        """For the live view: a list with an entry for each server; nothing where there are none."""
+        if not self.servers:
+            return {}
+        return {
+            "replica_running": [float(server.running) for server in self.servers],
+            "replica_waiting": [float(server.waiting) for server in self.servers],
+            "replica_kv": [server.kv_use for server in self.servers],
+            "replica_up": [float(server.up) for server in self.servers],
+        }
 
 
 @dataclass(frozen=True, slots=True)

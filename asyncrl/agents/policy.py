@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from array import array
 from collections import Counter
@@ -89,7 +90,7 @@ class Policy:
     Temperature, top-p and top-k are those of `Config.sampling`: the trainer has to know them.
     """
 
-    __slots__ = ("_asked", "_captured", "_context", "_key", "_pinned", "_session", "oldest_version")
+    __slots__ = ("_asked", "_captured", "_context", "_key", "_pinned", "_session", "calls", "oldest_version")
 
     def __init__(self, context: PolicyContext, session: str | int, version: int | None = None) -> None:
         self._context = context
@@ -100,6 +101,8 @@ class Policy:
         self._asked: Counter[bytes] | None = None
         self.oldest_version: int | None = None
         """The oldest weights that drew a token for this handle; None before the first."""
+        self.calls: list[float] = []
+        """What `storage.timeline.CALL` says of each call of the model, one after the other."""
 
     @property
     def version(self) -> int:
@@ -155,7 +158,15 @@ class Policy:
             params = replace(params, max_tokens=limit, stop_token_ids=stops)
         if context.seed is not None:
             params = replace(params, seed=self._seed_of(context.seed, token_ids))
-        completion = await context.sampler.generate(SampleRequest(token_ids, params, str(self._session), self._pinned))
+        clock = asyncio.get_running_loop().time
+        began, drawn, version = clock(), 0, -1
+        try:
+            completion = await context.sampler.generate(
+                SampleRequest(token_ids, params, str(self._session), self._pinned)
+            )
+            drawn, version = len(completion.tokens), completion.versions[-1] if completion.versions else -1
+        finally:
+            self.calls += (began, clock(), len(token_ids), drawn, version)
         if completion.finish_reason == "abort":
             raise SamplerRequestError(
                 f"the sampler broke a completion off after {len(completion.tokens)} tokens. The rollout is drawn again."
@@ -195,8 +206,10 @@ class Policy:
                 f"policy.score was called with {len(token_ids)} tokens and start={start}. Expected a context of at "
                 f"least one token, then at least one to score, and fewer than max_seq_len={context.max_seq_len} in all."
             )
+        clock = asyncio.get_running_loop().time
         while True:
             version = self.version
+            began = clock()
             try:
                 found = await context.sampler.score(token_ids, version, start=start, session=str(self._session))
             except SamplerRequestError:
@@ -204,6 +217,8 @@ class Policy:
                     raise  # else it may have been refused because newer weights came live meanwhile
             else:
                 return Scored(found, version)
+            finally:
+                self.calls += (began, clock(), len(token_ids), 0, version)
 
     def chat(
         self,

@@ -44,6 +44,15 @@ PARTS: dict[Part, str] = {
     "named `eval_<name>`. More in docs/evaluation.md.",
 }
 
+HELD = {
+    "slots": "the concurrency window was full, and held rollouts back",
+    "budget": "the staleness budget was used up, and held rollouts back",
+    "unpublished": "groups that were trained kept their places in the staleness budget, because their weights were not "
+    "live yet",
+    "data": "nothing was left to begin",
+}
+"""What can hold rollouts back (rollout/held.py)."""
+
 # fmt: off
 METRICS: tuple[Metric, ...] = (
     Metric("step", "progress", "steps", "Optimizer steps taken, with this one: the version of the weights it made."),
@@ -85,6 +94,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("tokens_per_s", "speed", "tokens/s", "`tokens_generated` over `step_s`."),
     Metric("samples_per_s", "speed", "samples/s", "`samples` over `step_s`."),
     Metric("wait_s", "time", "s", "The trainer had no batch: it waited for rollouts."),
+    *(Metric(f"wait_{reason}_s", "time", "s", f"The part of `wait_s` in which {why}.") for reason, why in HELD.items()),
+    Metric("wait_straggler_s", "time", "s", "The part of `wait_s` in which finished groups were ready and might not "
+           "pass an unfinished one, whose deadline was near: the price of a hard bound."),
+    *(Metric(f"held_{reason}_s", "time", "s", f"How long {why}, while the trainer waited or not.")
+      for reason, why in HELD.items()),
+    Metric("rollout_s", "time", "s", "Rollout attempts that ended in this step: seconds, summed over all of them."),
+    Metric("model_s", "time", "s", "The part of `rollout_s` in calls of the model; the rest: tools, your own code."),
     Metric("train_s", "time", "s", "Forward, backward and the optimizer step."),
     Metric("forward_s", "time", "s", "The part of `train_s` in forward passes."),
     Metric("reference_s", "time", "s", "The part of `forward_s` in the reference model."),
@@ -98,6 +114,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("step_s", "time", "s", "From the end of the step before to the end of this one."),
     Metric("loop_lag_s", "time", "s", "Largest delay of the event loop. Above 0.2 something blocks it, and every "
            "rollout waits: see `asyncrl.offload` in docs/rollouts.md."),
+    Metric("eval_in_flight", "scheduler", "rollouts", "Rollouts of an evaluation that hold slots of the window; mean "
+           "over the step."),
+    Metric("replica_spread", "scheduler", "1", "Requests of the busiest vLLM replica over the mean of those that "
+           "serve; mean over the step."),
     Metric("in_flight", "scheduler", "rollouts", "Rollouts that are running."),
     Metric("in_flight_peak", "scheduler", "rollouts", "Most rollouts at once since the step before."),
     Metric("queue_groups", "scheduler", "groups", "Finished groups that wait to be trained."),

@@ -107,6 +107,8 @@ class GroupQueue:
         self._changed = asyncio.Event()
         self._closed = False
         self._aborted = False
+        self.straggler_s = 0.0
+        """How long somebody waited while groups were finished that might not pass an unfinished one."""
 
     def __len__(self) -> int:
         return len(self.order)
@@ -140,5 +142,12 @@ class GroupQueue:
             if group is not None or (self._closed and not len(self.order)):
                 return group
             self._changed.clear()
-            await self._changed.wait()
+            await self._wait(held_back=len(self.order) > 0)
         return None
+
+    async def _wait(self, *, held_back: bool) -> None:
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        await self._changed.wait()
+        if held_back:
+            self.straggler_s += clock() - began

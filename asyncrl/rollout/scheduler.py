@@ -31,13 +31,16 @@ from asyncrl.errors import (
 )
 from asyncrl.rollout.concurrency import ConcurrencyController
 from asyncrl.rollout.contract import Contract
+from asyncrl.rollout.counts import Counts, record_attempt
 from asyncrl.rollout.failures import Breaker, FailurePolicy, Verdict, describe, fatal, is_ours, leaves
 from asyncrl.rollout.grading import Grader, SignalPatience
 from asyncrl.rollout.group import Member, OpenGroup
 from asyncrl.rollout.guests import Guests
+from asyncrl.rollout.held import Held, Reason
 from asyncrl.rollout.queue import GroupQueue
 from asyncrl.rollout.staleness import StalenessBudget
 from asyncrl.storage.ledger import Ledger
+from asyncrl.storage.timeline import Timeline
 from asyncrl.types import Group, RolloutRun
 
 RolloutFn = Callable[[Prompt], Awaitable[Any]]
@@ -64,24 +67,6 @@ class RolloutSettings:
 
 
 @dataclass(slots=True)
-class Counts:
-    """What happened since the last step record. The engine takes and resets it."""
-
-    rollouts: int = 0
-    retried: int = 0
-    dropped: int = 0
-    lost: int = 0
-    groups: int = 0
-    filtered: int = 0
-    rejected: int = 0
-    requeued: int = 0
-    stale: int = 0
-    """Groups that were dropped because they were too old."""
-    reward_sum: float = 0.0
-    reward_count: int = 0
-
-
-@dataclass(slots=True)
 class Scheduler:
     """Owns the rollouts in flight and the groups that are not finished. Lives as an async context manager.
 
@@ -103,7 +88,9 @@ class Scheduler:
     settings: RolloutSettings
     live_version: Callable[[], int]
 
+    timeline: Timeline | None = None
     counts: Counts = field(default_factory=Counts)
+    held: Held = field(default_factory=Held)
     finished_rollouts: int = 0
     """Since the start: what the watchdog watches."""
     admissions: int = 0
@@ -177,6 +164,16 @@ class Scheduler:
                 self._opening.popleft()
         self.guests.admit()
         self._close_if_done()
+        if (reason := self._held_by()) != self.held.reason:
+            self.held.by(reason, self._loop.time())
+
+    def _held_by(self) -> Reason:
+        """Why `pump` started no more."""
+        if self._stopped or (self._drained and not self._opening):
+            return "data"
+        if self._opening or self.budget.can_admit():
+            return "slots"
+        return self.budget.held_by
 
     def published(self, version: int) -> None:
         """Weights of `version` are live: slots of trained groups come back."""
@@ -362,16 +359,20 @@ class Scheduler:
             rollout_index=member.index,
             seed=self.settings.seed,
         )
+        run: RolloutRun | None = None
+        failure: BaseException | None = None
         try:
             result = await self.rollout(prompt)
+            if result is not None:
+                oldest = group.version if policy.oldest_version is None else policy.oldest_version
+                run = self.contract.check(result, oldest=oldest, newest=self.live_version())
+            return run
+        except BaseException as error:
+            failure = error
+            raise
         finally:
             policy.close()
-        if result is None:
-            return None
-        oldest = policy.oldest_version
-        return self.contract.check(
-            result, oldest=group.version if oldest is None else oldest, newest=self.live_version()
-        )
+            record_attempt(self.counts, self.timeline, member, policy.calls, failure or run, self._loop.time())
 
     def _explain_cancellation(self, member: Member) -> None:
         """Who cancelled: the time limit, the end of the run (nothing is raised), or the rollout itself?"""

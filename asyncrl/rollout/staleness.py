@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Literal
 
+from asyncrl.rollout.held import Reason
+
 
 class StalenessBudget:
     """Owns the slots. Pure: no clock, no task.
@@ -35,6 +37,13 @@ class StalenessBudget:
 
     def can_admit(self) -> bool:
         return self.free > 0 and (self._most is None or self._kept < self._most)
+
+    @property
+    def held_by(self) -> Reason:
+        """Why no group may begin."""
+        if self.free > 0:
+            return "data"  # `most_groups` have begun
+        return "unpublished" if self._awaiting else "budget"
 
     def admit(self) -> None:
         """A group begins and takes a slot."""

@@ -11,6 +11,7 @@ from asyncrl.errors import SamplerRequestError
 from asyncrl.sampling.endpoint import Endpoint
 from asyncrl.sampling.load import EngineLoad
 from asyncrl.sampling.vitals import Comeback
+from asyncrl.types import ServerLoad
 
 EXIT_NOTICE_S = 3.0
 """A server whose engine died answers 500 and ends about 0.5 s later; one that takes no connections is found gone after
@@ -92,6 +93,10 @@ class Replica:
         if self.up:  # the last word of a server that is lost has been counted
             self._load = load
         return load
+
+    def load(self) -> ServerLoad:
+        """What its server last said."""
+        return ServerLoad(self.name, self._load.running, self._load.waiting, self._load.kv_use, self.up)
 
     @property
     def counted(self) -> EngineLoad:

@@ -390,4 +390,5 @@ class VllmSampler:
             generated_tokens=total.generated_tokens,
             replicas_up=len(self._fleet.up),
             replicas_lost=self._fleet.losses,
+            servers=tuple(replica.load() for replica in self._fleet.replicas),
         )

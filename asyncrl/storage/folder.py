@@ -85,6 +85,11 @@ class RunFolder:
         return self.root / "samples"
 
     @property
+    def timeline(self) -> Path:
+        """A folder: when every rollout and every step began and ended."""
+        return self.root / "timeline"
+
+    @property
     def logs(self) -> Path:
         """A folder."""
         return self.root / "logs"

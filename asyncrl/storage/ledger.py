@@ -9,7 +9,6 @@ keeps every event (ledger_file.py).
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,12 +17,13 @@ from typing import Any, Protocol
 Key = tuple[int, int]
 """(epoch, row index)"""
 
-Entry = tuple[int, float, int, int, int, int, str, int | None, int | None, str | None, str | None]
-"""One event: the columns of `ledger_file.EVENTS`, in that order."""
+Entry = tuple[int, float, int, int, int, int, str, int | None, int | None, Sequence[float] | None, str | None]
+"""One event: the columns of `ledger_file.EVENTS`, in that order. The store makes text of the rewards."""
 
 
 class EventStore(Protocol):
-    """Keeps events. `write` only hands over; `flush` returns when all of them are on the disk."""
+    """Keeps events. `write` only hands over: what it is given must not change any more. `flush` returns when all of
+    them are on the disk."""
 
     position: int
     """The last event of earlier lives; 0 where there is none."""
@@ -125,9 +125,8 @@ class Ledger:
         self._last += 1
         self.position = self._last
         if self._store is not None:
-            written = json.dumps(rewards) if rewards is not None else None
             self._store.write(
-                (self.position, time.time(), self._life, *key, sequence, state, version, step, written, reason)
+                (self.position, time.time(), self._life, *key, sequence, state, version, step, rewards, reason)
             )
 
     # The account

@@ -276,7 +276,9 @@ class LedgerStore:
             while chunk := tuple(islice(rest, size)):
                 places = ",".join(["(?,?,?,?,?,?,?,?,?,?,?)"] * len(chunk))
                 # One statement for all: the lock is given up once per statement, and hard to get back from a busy loop.
-                self._connection.execute(f"INSERT INTO events VALUES {places}", tuple(chain.from_iterable(chunk)))
+                self._connection.execute(
+                    f"INSERT INTO events VALUES {places}", tuple(chain.from_iterable(map(_row, chunk)))
+                )
             if last:
                 self._connection.execute("UPDATE lives SET ended_at = ? WHERE life = ?", (time.time(), self.life))
             self._connection.execute("COMMIT")
@@ -305,6 +307,16 @@ class LedgerReader:
         """In the order in which they happened, undone ones too; those of all rows, or of one."""
         where, values = ("", ()) if row is None else ("WHERE row = ?", (row,))
         return map(Event._make, self._connection.execute(f"SELECT * FROM history {where} ORDER BY id", values))
+
+    def counts(self) -> dict[str, int]:
+        """How many events of the lineage there are of each state."""
+        return dict(self._connection.execute("SELECT state, count(*) FROM history WHERE NOT undone GROUP BY state"))
+
+    def some_draws(self, one_in: int) -> Iterator[Event]:
+        """The events of the lineage of one draw in `one_in`, always the same ones, chosen without regard to the order
+        of the data."""
+        chosen = f"((row + epoch * 1000003) * 2654435761 & 4294967295) >> 8 & 65535 < {65536 / one_in}"
+        return map(Event._make, self._connection.execute(f"SELECT * FROM history WHERE NOT undone AND {chosen}"))
 
 
 @contextmanager
@@ -401,6 +413,12 @@ def _cannot_write(path: Path, reason: str) -> EngineError:
         f"the ledger {path} cannot be written: {reason}. Make room, or see what became of the run folder; a run goes "
         "on from its last checkpoint with resume=True."
     )
+
+
+def _row(entry: Entry) -> tuple[object, ...]:
+    """As SQLite takes it."""
+    *others, rewards, reason = entry
+    return (*others, None if rewards is None else json.dumps(rewards), reason)
 
 
 def _taken(waiting: deque[Entry] | deque[Future[None]]) -> list:  # type: ignore[type-arg]

@@ -16,10 +16,11 @@ from asyncrl.agents.policy import Policy, PolicyContext
 from asyncrl.assemble import assemble
 from asyncrl.config import Config
 from asyncrl.data import Prompt
-from asyncrl.engine import Engine, Record
+from asyncrl.engine import Engine
 from asyncrl.errors import AsyncRLError
 from asyncrl.rollout.batch import Batch, loss_versions
 from asyncrl.rollout.scheduler import RolloutFn
+from asyncrl.step_record import Record
 from asyncrl.storage.ledger import Ledger
 from asyncrl.testing.clock import run_virtual
 from asyncrl.testing.fakes import CountingTrainer, ScriptedSampler

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from asyncrl.cli import inspect
 from asyncrl.cli.main import main
+from asyncrl.storage import logged
 from asyncrl.storage.rollouts import RolloutLog
 from asyncrl.types import EvaluatedRun, Group, RolloutRun, RolloutSample
 
@@ -111,7 +112,7 @@ def test_a_pipe_gets_plain_text_that_fits_and_cannot_move_the_cursor(look: Calla
 
 def test_a_terminal_gets_colour(run: Path) -> None:
     console = Console(force_terminal=True, color_system="standard", width=80, _environ={})
-    newest = next(inspect.read_rollouts(run / "rollouts.jsonl"))
+    newest = next(logged.read_rollouts(run / "rollouts.jsonl"))
     with console.capture() as capture:
         inspect.show(newest, console)
     assert "\x1b[1;32mfour-b" in capture.get()
@@ -120,8 +121,8 @@ def test_a_terminal_gets_colour(run: Path) -> None:
 
 @pytest.mark.parametrize("block", [1, 7, 4096])
 def test_reading_from_the_end_finds_every_line(run: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(inspect, "BLOCK_BYTES", block)
-    steps = [rollout.group["step"] for rollout in inspect.read_rollouts(run / "rollouts.jsonl")]
+    monkeypatch.setattr(logged, "BLOCK_BYTES", block)
+    steps = [rollout.group["step"] for rollout in logged.read_rollouts(run / "rollouts.jsonl")]
     assert steps == [3, 3, 2, 1, 1]
 
 
@@ -184,8 +185,8 @@ def test_tool_calls_and_times_are_shown(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_the_log_is_read_no_further_than_needed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies before the rollouts that are shown may be gigabytes."""
-    monkeypatch.setattr(inspect, "BLOCK_BYTES", 512)
-    starts = [start for start, _, _ in inspect._lines_from_the_end(run / "rollouts.jsonl")]
+    monkeypatch.setattr(logged, "BLOCK_BYTES", 512)
+    starts = [start for start, _, _ in logged._lines_from_the_end(run / "rollouts.jsonl")]
     assert all(later > earlier for later, earlier in pairwise(starts))
     log = run / "rollouts.jsonl"
     log.write_bytes(b"never read\n" + log.read_bytes())

@@ -15,13 +15,14 @@ from asyncrl.agents.policy import Policy, PolicyContext
 from asyncrl.assemble import assemble
 from asyncrl.config import Config
 from asyncrl.data import Prompt
-from asyncrl.engine import Engine, Record
+from asyncrl.engine import Engine
 from asyncrl.errors import BreakerOpen, ConfigError, EvaluationFailed, RolloutFailed, SamplerError
 from asyncrl.rollout.contract import Contract
 from asyncrl.rollout.estimate import EvalResult
 from asyncrl.rollout.evaluation import Evaluator
 from asyncrl.rollout.evaluations import Evaluated, Evaluation, Evaluations, evaluation_function
 from asyncrl.rollout.limited import call
+from asyncrl.step_record import Record
 from asyncrl.testing.clock import run_virtual
 from asyncrl.testing.fakes import CountingTrainer, ScriptedSampler
 from asyncrl.types import RolloutSample, SamplingParams

@@ -1,0 +1,194 @@
+"""What an optimizer step took, and how things stood meanwhile: the record of a step, and the gauges of the live view.
+
+Names and units are those of docs/metrics.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from asyncrl.metrics.lag import LagMeter
+from asyncrl.rollout.batch import Batch
+from asyncrl.rollout.held import REASONS, Reason, between
+from asyncrl.types import Load, StepResult
+
+if TYPE_CHECKING:
+    from asyncrl.engine import Engine
+
+Record = dict[str, float]
+Gauges = Mapping[str, Any]
+"""Numbers, but for `phase` and `window_reason`, and lists with an entry for each replica."""
+
+SPANS = {
+    "wait_s": "wait",
+    "train_s": "train",
+    "publish_wait_s": "wait for hot-load",
+    "checkpoint_s": "snapshot for a checkpoint",
+}
+"""Which part of a step is called what in the timeline."""
+MEANS = ("sampler_running", "sampler_waiting", "kv_use", "eval_in_flight", "replica_spread")
+"""Gauges whose mean over the step is recorded, where the sampler was asked meanwhile."""
+
+
+@dataclass(slots=True)
+class StepAccount:
+    """Owns what is counted from one step record to the next."""
+
+    engine: Engine
+    lag: LagMeter = field(default_factory=LagMeter)
+    load: Load | None = None
+    """What the sampler said last."""
+    started_at: float | None = None
+    elapsed_before_s: float = 0.0
+    """In earlier lives of the run."""
+    _began_at: float = 0.0
+    _seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _held_before: dict[Reason, float] = field(default_factory=lambda: dict.fromkeys(REASONS, 0.0))
+    _tokens_seen: int = 0
+    _sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _samples: Counter[str] = field(default_factory=Counter)
+
+    def start(self) -> None:
+        """Training begins."""
+        self._began_at = now()
+        self.started_at = self._began_at - self.elapsed_before_s
+        if self.engine.timeline is not None:
+            self.engine.timeline.starts(self.started_at)
+
+    def elapsed_s(self) -> float:
+        """Seconds of training, over all lives of the run."""
+        return now() - self.started_at if self.started_at is not None else self.elapsed_before_s
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """The block is a part of the step: `wait_s`, `train_s`, ..."""
+        engine, began = self.engine, now()
+        held = engine.scheduler.held.seconds(began) if part == "wait_s" else None
+        straggler_s = engine.queue.straggler_s
+        try:
+            yield
+        finally:
+            ended = now()
+            self._seconds[part] += ended - began
+            if held is not None:
+                for name, seconds in between(held, engine.scheduler.held.seconds(ended), "wait_{}_s").items():
+                    self._seconds[name] += seconds
+                self._seconds["wait_straggler_s"] += engine.queue.straggler_s - straggler_s
+            if engine.timeline is not None:
+                engine.timeline.span("trainer", SPANS[part], began, ended, step=engine.step)
+
+    @property
+    def generated(self) -> int:
+        """Tokens that the sampler has drawn."""
+        return self.load.generated_tokens if self.load is not None else 0
+
+    def sampled(self, load: Load) -> None:
+        """The sampler said how busy it is."""
+        self.load = load
+        gauges = self.gauges()
+        for name in MEANS:
+            if name in gauges:
+                self._sums[name] += gauges[name]
+                self._samples[name] += 1
+
+    def gauges(self) -> Record:
+        """How things stand now."""
+        engine, load = self.engine, self.load or Load(0, 0)
+        return {
+            "step": engine.step,
+            "in_flight": engine.slots.in_flight,
+            "window": engine.slots.window_size,
+            "queue_groups": len(engine.queue),
+            "budget_free": engine.scheduler.budget.free,
+            "eval_in_flight": engine.scheduler.guests.in_use,
+            "sampler_running": load.running,
+            "sampler_waiting": load.waiting,
+            "kv_use": load.kv_use if load.kv_use is not None else 0.0,
+            "tokens_generated": load.generated_tokens,
+            "rollouts_finished": engine.scheduler.finished_rollouts,
+            "published": engine.published,
+            **load.replicas(),
+        }
+
+    def live(self) -> Gauges:
+        """For the live view: the gauges, and why they are so."""
+        servers = self.load.by_server() if self.load is not None else {}
+        return {**self.gauges(), **servers, "window_reason": self.engine.slots.reason, "phase": self.engine.phase}
+
+    def close(self, batch: Batch, result: StepResult) -> Record:
+        """The record of the step that was taken, and a fresh account."""
+        engine, ended = self.engine, now()
+        step_s, self._began_at = ended - self._began_at, ended
+        publish_s, engine.publication.seconds = engine.publication.seconds, 0.0
+        tokens, self._tokens_seen = self.generated - self._tokens_seen, self.generated
+        held = engine.scheduler.held.seconds(ended)
+        record: Record = {
+            **self.gauges(),
+            **{name: self._sums[name] / samples for name, samples in self._samples.items()},
+            **engine.slots.step_completed(),
+            "time_s": self.elapsed_s(),
+            "step_s": step_s,
+            **dict.fromkeys(SPANS, 0.0),
+            **{f"wait_{reason}_s": 0.0 for reason in REASONS},
+            "wait_straggler_s": 0.0,
+            **self._seconds,
+            **between(self._held_before, held, "held_{}_s"),
+            "publish_s": publish_s,
+            "loop_lag_s": self.lag.take(),
+            **_rollouts(engine, batch),
+            "samples": batch.sequences,
+            "samples_per_s": batch.sequences / step_s if step_s else 0.0,
+            "tokens_per_s": tokens / step_s if step_s else 0.0,
+            **_staleness(batch),
+            "tokens_generated": tokens,
+            "canary_diff": engine.publication.canary_diff,
+            **result.metrics,
+        }
+        self._held_before = held
+        self._seconds.clear()
+        self._sums.clear()
+        self._samples.clear()
+        return record
+
+
+def _rollouts(engine: Engine, batch: Batch) -> Record:
+    counts = engine.scheduler.take_counts()
+    rewards = [reward for group in batch.trained for reward in group.rewards]
+    trained_mean = sum(rewards) / len(rewards) if rewards else math.nan
+    return {
+        "reward_mean": counts.reward_sum / counts.reward_count if counts.reward_count else trained_mean,
+        "reward_trained_mean": trained_mean,
+        **batch.turn_rewards(),
+        "groups_trained": len(batch.trained),
+        "groups_filtered": counts.filtered,
+        "groups_rejected": counts.rejected,
+        "members_failed": counts.lost,
+        "members_retried": counts.retried,
+        "members_dropped": counts.dropped,
+        "stale_requeued": counts.requeued,
+        "stale_dropped": counts.stale,
+        "rollouts_finished": counts.rollouts,
+        "rollout_s": counts.rollout_s,
+        "model_s": counts.model_s,
+    }
+
+
+def _staleness(batch: Batch) -> Record:
+    return {
+        "staleness_mean": batch.staleness.mean,
+        "staleness_max": batch.staleness.highest,
+        "staleness_min": batch.staleness.lowest,
+        **batch.staleness.shares(),
+        "stale_masked_tokens": batch.staleness.masked_tokens,
+    }
+
+
+def now() -> float:
+    """Seconds on the loop's clock, which is monotonic, and virtual in simulations."""
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,206 @@
+"""The timeline: when every rollout began, called the model, and ended, and what the trainer did meanwhile.
+
+    RUN/timeline/life-0/attempts.f8   a row per attempt of a rollout (`ATTEMPT`), in the order of their ends
+    RUN/timeline/life-0/calls.f8      a row per model call (`CALL`); those of an attempt are the next `turns` rows
+    RUN/timeline/life-0/spans.jsonl   the clock, then what the trainer, hot-loads, checkpoints and evaluations took
+
+It has to be cheap, for it is about every rollout: the loop appends numbers to an array, and a thread writes the
+array as it is. Nothing is made into text, and nothing is done per rollout, by anybody.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import IO, Any
+
+import numpy as np
+import structlog
+
+from asyncrl.private import private
+
+ATTEMPT = (
+    *("admitted", "began", "ended", "epoch", "row", "member", "attempt", "sequence", "outcome", "reward"),
+    *("tokens", "loss_tokens", "turns", "model_s", "evaluation"),
+)
+"""Columns of an attempt, each a float64.
+
+    admitted, began, ended   s; the group was admitted, this attempt began (in its slot), and ended
+    outcome                  index into `OUTCOMES`
+    reward                   nan where there is none
+    tokens, loss_tokens      of all segments
+    turns, model_s           calls of the model, and the seconds in them
+    evaluation               0 in training; else 1 + the version that is measured
+"""
+CALL = ("began", "ended", "prompt_tokens", "drawn_tokens", "version")
+"""Columns of a model call, each a float64. `version` is that of its last token; -1 where none was drawn."""
+
+OUTCOMES = ("done", "dropped", "failed", "timed out", "cut off")
+DONE, DROPPED, FAILED, TIMED_OUT, CUT_OFF = range(len(OUTCOMES))
+
+MOST_WAITING = 256
+"""Hand-overs that may wait for the disk; what comes while so many do is left out, and the log says so."""
+CLOSE_LIMIT_S = 30.0
+
+ATTEMPT_TYPE = np.dtype([(name, "<f8") for name in ATTEMPT])
+CALL_TYPE = np.dtype([(name, "<f8") for name in CALL])
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What is written at once."""
+
+    attempts: array[float]
+    calls: array[float]
+    spans: list[dict[str, Any]]
+
+
+class Timeline:
+    """Records one life of a run. Used from the event loop; a thread writes.
+
+    A disk that is full or slow costs the rest of the timeline and a line in the log, never the run.
+    """
+
+    def __init__(self, folder: Path, life: int = 0) -> None:
+        self._folder = folder / f"life-{life}"
+        self._life = life
+        self._attempts: array[float] = array("d")
+        self._calls: array[float] = array("d")
+        self._spans: list[dict[str, Any]] = []
+        self._jobs: SimpleQueue[_Parts | None] = SimpleQueue()
+        self._dropping = False
+        self._thread = Thread(target=self._run, name="asyncrl timeline", daemon=True)
+        self._thread.start()
+
+    def starts(self, origin: float) -> None:
+        """Training begins: `origin` is the time on the loop's clock where `time_s` of the step records is 0."""
+        now = time.monotonic()
+        self._spans.insert(0, {"life": self._life, "origin": origin, "wall": time.time() - (now - origin)})
+
+    def attempt(self, row: Sequence[float], calls: Sequence[float]) -> None:
+        """Take an attempt that has ended: the columns of `ATTEMPT`, and those of `CALL` for each of its calls."""
+        self._attempts.extend(row)
+        self._calls.extend(calls)
+
+    def span(self, track: str, name: str, began: float, ended: float, **about: float | str) -> None:
+        """Take something that is not a rollout, on the loop's clock."""
+        self._spans.append({"track": track, "name": name, "began": began, "ended": ended, **about})
+
+    def flush(self) -> None:
+        """Hand over what there is. Returns at once."""
+        if not self._attempts and not self._spans:
+            return
+        parts, self._attempts, self._calls, self._spans = (
+            _Parts(self._attempts, self._calls, self._spans),
+            array("d"),
+            array("d"),
+            [],
+        )
+        if self._jobs.qsize() < MOST_WAITING:
+            self._jobs.put(parts)
+        elif not self._dropping:
+            self._dropping = True
+            log.warning("the disk does not take the timeline: a part of it is left out", folder=str(self._folder))
+
+    def close(self) -> None:
+        """Write the rest. A disk that never answers does not hold it up."""
+        self.flush()
+        self._jobs.put(None)
+        self._thread.join(CLOSE_LIMIT_S)
+
+    def _run(self) -> None:
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with (
+                open(self._folder / "attempts.f8", "ab", opener=private) as attempts,
+                open(self._folder / "calls.f8", "ab", opener=private) as calls,
+                open(self._folder / "spans.jsonl", "a", encoding="utf-8", opener=private) as spans,
+            ):
+                while (parts := self._jobs.get()) is not None:
+                    _write(parts, attempts, calls, spans)
+        except OSError as error:
+            log.warning("the rest of the timeline is not written", folder=str(self._folder), error=repr(error))
+            while self._jobs.get() is not None:
+                pass
+
+
+def _write(parts: _Parts, attempts: IO[bytes], calls: IO[bytes], spans: IO[str]) -> None:
+    """Calls first: what is cut off behind an attempt by the end of the process must not be its calls."""
+    calls.write(parts.calls.tobytes())
+    calls.flush()
+    attempts.write(parts.attempts.tobytes())
+    attempts.flush()
+    spans.writelines(json.dumps(span) + "\n" for span in parts.spans)
+    spans.flush()
+
+
+@dataclass(frozen=True, slots=True)
+class LifeTimes:
+    """The timeline of one life. Times are seconds on the axis of the step records' `time_s`."""
+
+    number: int
+    wall: float
+    """Unix time at 0."""
+    attempts: np.ndarray
+    """[A] with the fields of `ATTEMPT`."""
+    calls: np.ndarray
+    """[C] with the fields of `CALL`."""
+    first_call: np.ndarray
+    """[A] where the calls of each attempt begin."""
+    spans: list[dict[str, Any]]
+
+
+def read_timeline(run: Path) -> list[LifeTimes]:
+    """What was recorded in the run folder `run`, one entry per life; none where nothing was. What the end of the
+    process cut off is left out.
+    """
+    folders = [path for path in (run / "timeline").glob("life-*") if path.name[5:].isdecimal()]
+    lives = (_read_life(folder) for folder in sorted(folders, key=lambda path: int(path.name[5:])))
+    return [life for life in lives if life is not None]
+
+
+def _read_life(folder: Path) -> LifeTimes | None:
+    lines = _read_spans(folder / "spans.jsonl")
+    clock = next((line for line in lines if "origin" in line), None)
+    if clock is None:
+        return None  # it ended before training began
+    origin = clock["origin"]
+    attempts, calls = _read_rows(folder / "attempts.f8", ATTEMPT_TYPE), _read_rows(folder / "calls.f8", CALL_TYPE)
+    turns = attempts["turns"].astype(np.int64)
+    first = np.cumsum(turns) - turns
+    whole = int(np.searchsorted(np.cumsum(turns), len(calls), side="right"))
+    attempts, first = attempts[:whole], first[:whole]
+    for columns, names in ((attempts, ("admitted", "began", "ended")), (calls, ("began", "ended"))):
+        for name in names:
+            columns[name] -= origin
+    spans = [
+        {**line, "began": line["began"] - origin, "ended": line["ended"] - origin} for line in lines if "track" in line
+    ]
+    return LifeTimes(int(clock["life"]), clock["wall"], attempts, calls, first, spans)
+
+
+def _read_rows(path: Path, row: np.dtype[Any]) -> np.ndarray:
+    if not path.exists():
+        return np.zeros(0, row)
+    return np.fromfile(path, row, count=path.stat().st_size // row.itemsize)
+
+
+def _read_spans(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # cut off
+            break
+    return found
+

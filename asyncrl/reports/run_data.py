@@ -198,16 +198,11 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
 def _ledger(files: RunFolder) -> tuple[dict[str, int], Fates]:
     if not files.ledger.is_file():
         return {}, NO_FATES
-    try:
-        with read_ledger(files.ledger) as ledger:
-            counts = ledger.counts()
-            ends = {state: counts.get(state, 0) for state in STATES}
-            admitted = counts.get("admitted", 0)
-            fates = _fates(ledger, -(-admitted // MOST_DRAWS) or 1)
-    except DataError as error:
-        if files.ledger.stat().st_size and "is empty" not in str(error):
-            raise
-        return {}, NO_FATES
+    with read_ledger(files.ledger) as ledger:
+        counts = ledger.counts()
+        ends = {state: counts.get(state, 0) for state in STATES}
+        admitted = counts.get("admitted", 0)
+        fates = _fates(ledger, -(-admitted // MOST_DRAWS) or 1)
     return {"admitted": admitted, **ends, "pending": admitted - sum(ends.values())}, fates
 
 

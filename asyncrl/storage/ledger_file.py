@@ -316,7 +316,8 @@ class LedgerReader:
         """The events of the lineage of one draw in `one_in`, always the same ones, chosen without regard to the order
         of the data."""
         chosen = f"((row + epoch * 1000003) * 2654435761 & 4294967295) >> 8 & 65535 < {65536 / one_in}"
-        return map(Event._make, self._connection.execute(f"SELECT * FROM history WHERE NOT undone AND {chosen}"))
+        where = f"WHERE NOT undone AND {chosen} ORDER BY id"
+        return map(Event._make, self._connection.execute(f"SELECT * FROM history {where}"))
 
 
 @contextmanager

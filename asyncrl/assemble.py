@@ -11,6 +11,7 @@ from collections.abc import Callable
 from asyncrl.config import Config
 from asyncrl.data import PromptStream, Rows
 from asyncrl.engine import Engine, EngineSettings
+from asyncrl.rollout import adaptive
 from asyncrl.rollout.batch import Batch
 from asyncrl.rollout.concurrency import controller
 from asyncrl.rollout.contract import Contract
@@ -88,6 +89,7 @@ def assemble(
         on_step=on_step,
         on_gauges=on_gauges,
         timeline=timeline,
+        adaptive=adaptive.controller(config),
     )
 
 

@@ -234,6 +234,20 @@ class Config(Section):
                 f"evaluation.interval is {self.evaluation.interval}, but with publish.weight_sync_interval=0 the "
                 "sampler keeps its first weights: every evaluation would measure the same. Leave the interval out."
             )
+        least = self.staleness.min_staleness
+        if interval == 0 and least is not None:
+            raise ValueError(
+                f"staleness.min_staleness is {least}, but with publish.weight_sync_interval=0 the sampler keeps its "
+                "first weights: no bound holds, wherever it moves. Leave min_staleness out, or use an interval of at "
+                "least 1."
+            )
+        if least is not None and interval > least + 1:
+            raise ValueError(
+                f"staleness.min_staleness is {least}, where no step could ever be published: {interval} steps of "
+                f"{batch} groups do not fit into the staleness budget of ({least} + 1) x {batch}. Raise it to at least "
+                f"{interval - 1}, or lower publish.weight_sync_interval; hot-loads come further apart by themselves "
+                "where they are slow."
+            )
         if interval * batch > budget:
             raise ValueError(
                 f"no step could ever be published: {interval} steps of {batch} groups are {interval * batch} groups, "

@@ -21,6 +21,7 @@ import structlog
 from asyncrl.errors import SamplerRequestError, StepFailed, TrainerError, first_failure
 from asyncrl.metrics.lag import watch_lag
 from asyncrl.publication import Publication
+from asyncrl.rollout.adaptive import AdaptiveStaleness
 from asyncrl.rollout.batch import Batch, chunk_sizes
 from asyncrl.rollout.concurrency import ConcurrencyController
 from asyncrl.rollout.queue import GroupQueue
@@ -81,6 +82,8 @@ class Engine:
     """Optimizer steps taken."""
     worst_staleness: int = 0
     stopping: bool = False
+    adaptive: AdaptiveStaleness | None = None
+    """None: the bound stays."""
     taken: list[Group] = field(default_factory=list)
     """Groups of the step under way: out of the queue, and not trained yet."""
     checkpoints: Checkpointer | None = None
@@ -116,6 +119,8 @@ class Engine:
             EngineError: whatever ends the run early, the first cause.
         """
         self.account.start()
+        if self.adaptive is not None:
+            self._move_bound(self.adaptive.bound)
         try:
             with self.watchdog.phase("training", marks=self._marks, describe=self.describe):
                 try:
@@ -140,7 +145,7 @@ class Engine:
         """Start where an earlier life of the run had come to. The weights of `step` must be live."""
         self.step, self.worst_staleness, self.account.elapsed_before_s = step, worst_staleness, elapsed_s
         if self.settings.sync_interval:
-            self.publication.live = step
+            self.publication.live = self.publication.newest = step
 
     def elapsed_s(self) -> float:
         """Seconds of training, over all lives of the run."""
@@ -171,13 +176,14 @@ class Engine:
 
     async def _step_taken(self, batch: Batch, result: StepResult) -> None:
         state = self.capture() if self.checkpoints is not None and self.checkpoints.due(self.step) else None
+        self._adapt(batch, result)
         try:
             await self._publish_if_due()
         finally:  # the step was taken, whatever becomes of its weights
             self._report(batch, result)
         if self.checkpoints is not None and state is not None:
             self._enter(f"taking a snapshot of step {self.step} for a checkpoint")
-            with self.account.timed("checkpoint_s"):
+            with self.account.timed("checkpoint_s", "snapshot"):
                 await self.checkpoints.save(state)
 
     def _done(self) -> bool:
@@ -203,7 +209,7 @@ class Engine:
     async def _take(self, batch: Batch, size: int) -> list[Group]:
         """The next groups, oldest first; fewer than `size` only when no more will come."""
         groups: list[Group] = []
-        with self.account.timed("wait_s"):
+        with self.account.timed("wait_s", "wait"):
             while len(groups) < size:
                 self._enter(f"waiting for group {len(self.taken) + 1} of step {self.step + 1}")
                 group = await self.queue.take()
@@ -227,7 +233,7 @@ class Engine:
 
     async def _forward_backward(self, sequences: Sequence[TrainSequence]) -> None:
         self._enter(f"training step {self.step + 1}: {len(sequences)} sequences forward and backward")
-        with self.account.timed("train_s"):
+        with self.account.timed("train_s", "forward_backward"):
             await self.trainer.forward_backward(sequences)
 
     async def _optimize(self, batch: Batch) -> StepResult | None:
@@ -240,7 +246,7 @@ class Engine:
             self.scheduler.pump()
             return None
         self._enter(f"training step {self.step + 1}: optimizer")
-        with self.account.timed("train_s"):
+        with self.account.timed("train_s", "optimizer"):
             result = await self.trainer.optim_step()
         self.step += 1
         assert result.step == self.step, f"the trainer counts {result.step} steps, the engine {self.step}"
@@ -252,6 +258,7 @@ class Engine:
             else:
                 self.ledger.filtered(key)
         self.scheduler.budget.trained(len(batch.groups), self.step)
+        self.scheduler.pump()  # nothing may begin yet, but what holds rollouts back is another thing now
         self.taken.clear()
         self._failed_steps = 0
         return result
@@ -276,19 +283,40 @@ class Engine:
         self.taken.clear()
         self.scheduler.pump()
 
+    def _adapt(self, batch: Batch, result: StepResult) -> None:
+        """Let the bound move, before it is asked whether the weights are due: the next step may need them live."""
+        if self.adaptive is None:
+            return
+        before = self.adaptive.gauges()
+        self.adaptive.observe(self.account.facts(batch, result))
+        if self.adaptive.gauges() != before:
+            log.info("staleness", **self.adaptive.gauges(), reason=self.adaptive.reason)
+            self._move_bound(self.adaptive.bound)
+            self.scheduler.pump()
+
+    def _move_bound(self, bound: int) -> None:
+        self.scheduler.budget.resize((bound + 1) * self.settings.groups_per_step)
+        if self.queue.order.bound is not None:
+            self.queue.order.bound = bound
+
     # Publication
 
     async def _publish_if_due(self) -> None:
-        interval = self.settings.sync_interval
-        if not interval:
+        if not self.settings.sync_interval:
             self.scheduler.published(self.step)
-        elif self.step % interval == 0:
+        elif self._publication_is_due():
             await self._publish()
+
+    def _publication_is_due(self) -> bool:
+        if self.adaptive is None:
+            return self.step % self.settings.sync_interval == 0
+        return self.step - self.publication.newest >= self.adaptive.sync_interval
 
     async def _publish(self) -> None:
         """Start a hot-load of the current weights, once the one before it has ended."""
-        with self.account.timed("publish_wait_s"):
+        with self.account.timed("publish_wait_s", "wait for hot-load"):
             await self._published()
+        with self.account.timed("publish_wait_s", "export"):
             self._enter(f"exporting version {self.step}")
             weights = await self.trainer.save_weights_for_sampler()
         assert weights.version == self.step

@@ -29,7 +29,11 @@ class Publication:
     """A hot-load that fails ends the run at once, not when the next one is due."""
     live: int = 0
     """In optimizer steps."""
+    newest: int = 0
+    """The version that is live, or on its way."""
     canary_diff: float = 0.0
+    last_s: float = 0.0
+    """How long the last hot-load took."""
     seconds: float = 0.0
     """Spent on hot-loads. Whoever reports it takes it back to 0."""
     began_at: float = 0.0
@@ -39,6 +43,7 @@ class Publication:
     def start(self, weights: Weights) -> None:
         """Begin to bring `weights` into the sampler. The one before must have `ended`."""
         assert self._task is None
+        self.newest = weights.version
         self._task = asyncio.create_task(self._go_live(weights), name=f"asyncrl hot-load of {weights.version}")
         self._task.add_done_callback(self._done)
 
@@ -65,7 +70,8 @@ class Publication:
         loop = asyncio.get_running_loop()
         self.began_at = loop.time()
         await self.hot_load(weights)
-        self.seconds += loop.time() - self.began_at
+        self.last_s = loop.time() - self.began_at
+        self.seconds += self.last_s
         self.live = weights.version
         self.on_live(weights.version)
 

@@ -51,6 +51,8 @@ def capture(engine: Engine) -> RunState:
         "recent_signal": scheduler.patience.recent,
         "errors_forgiven": scheduler.failures.forgiven,
         "staleness": _staleness(engine),
+        "deadlines": [engine.queue.order.deadline(group) for group in groups],
+        "adaptive": engine.adaptive.learned() if engine.adaptive is not None else {},
         "random": _random_state(),
     }
     return RunState(engine.step, loop, groups)
@@ -72,11 +74,13 @@ def restore(engine: Engine, state: RunState) -> None:
     unfinished = [(epoch, row) for epoch, row in loop["unfinished"]]
     # Under another bound or batch they might not find their places in time.
     kept = state.groups if loop["staleness"] == _staleness(engine) else []
+    if engine.adaptive is not None:
+        engine.adaptive.go_on(loop["adaptive"])
     restarted = unfinished + [(group.epoch, group.row) for group in state.groups if group not in kept]
     for epoch, row in _in_order(engine, restarted):
         scheduler.stream.give_back(epoch, row)
-    for group in kept:
-        scheduler.take_finished(group)
+    for group, deadline in zip(kept, loop["deadlines"], strict=False):
+        scheduler.take_finished(group, deadline)
     _restore_random_state(loop["random"])
 
 

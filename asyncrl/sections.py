@@ -114,6 +114,11 @@ class StalenessConfig(Section):
     mean, and never waits for a straggler; what becomes of tokens over the bound is `on_stale`."""
     max_staleness: NonNegativeInt = 4
     """O, in optimizer steps. 0 is on-policy. Published gains come at 1 to 4 already (docs/staleness.md)."""
+    min_staleness: NonNegativeInt | None = None
+    """The bound moves between it and `max_staleness`, which remains the promise: it starts here, rises while the
+    trainer waits for rollouts that it holds back, and falls when tokens are too off-policy or finished groups always
+    wait. Hot-loads that take longer than a step then come further apart than `publish.weight_sync_interval`. None: the
+    bound stays at `max_staleness`."""
     on_stale: Literal["train", "mask", "requeue", "drop"] = "train"
     """`pace` only, for tokens over the bound: train them; mask them (younger tokens of the sample still train);
     roll the prompt out again; or drop the group."""
@@ -124,6 +129,11 @@ class StalenessConfig(Section):
             raise ValueError(
                 f"staleness.on_stale={self.on_stale!r} has no meaning with staleness.policy='wait': no token is "
                 "ever over the bound there. Use policy='pace', or leave on_stale out."
+            )
+        if self.min_staleness is not None and self.min_staleness > self.max_staleness:
+            raise ValueError(
+                f"staleness.min_staleness is {self.min_staleness} and max_staleness is {self.max_staleness}: the bound "
+                "moves between them, so min_staleness must not be larger."
             )
         return self
 

@@ -10,29 +10,26 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from asyncrl.metrics.lag import LagMeter
+from asyncrl.rollout.adaptive import StepFacts
 from asyncrl.rollout.batch import Batch
+from asyncrl.rollout.counts import Counts
 from asyncrl.rollout.held import REASONS, Reason, between
-from asyncrl.types import Load, StepResult
+from asyncrl.types import Load, StepResult, spread
 
 if TYPE_CHECKING:
     from asyncrl.engine import Engine
 
 Record = dict[str, float]
 Gauges = Mapping[str, Any]
-"""Numbers, but for `phase` and `window_reason`, and lists with an entry for each replica."""
+"""Numbers, but for `phase`, `window_reason` and `staleness_reason`, and lists with an entry for each replica."""
 
-SPANS = {
-    "wait_s": "wait",
-    "train_s": "train",
-    "publish_wait_s": "wait for hot-load",
-    "checkpoint_s": "snapshot for a checkpoint",
-}
-"""Which part of a step is called what in the timeline."""
-MEANS = ("sampler_running", "sampler_waiting", "kv_use", "eval_in_flight", "replica_spread")
+PARTS = ("wait_s", "train_s", "publish_wait_s", "checkpoint_s")
+"""What a step is made of."""
+MEANS = ("sampler_running", "sampler_waiting", "kv_use", "eval_in_flight")
 """Gauges whose mean over the step is recorded, where the sampler was asked meanwhile."""
 
 
@@ -50,24 +47,27 @@ class StepAccount:
     _began_at: float = 0.0
     _seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _held_before: dict[Reason, float] = field(default_factory=lambda: dict.fromkeys(REASONS, 0.0))
+    _counted: Counts = field(default_factory=Counts)
     _tokens_seen: int = 0
     _sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _samples: Counter[str] = field(default_factory=Counter)
+    _requests: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    """At each server that is up, summed over the times that the sampler was asked."""
 
     def start(self) -> None:
         """Training begins."""
         self._began_at = now()
         self.started_at = self._began_at - self.elapsed_before_s
         if self.engine.timeline is not None:
-            self.engine.timeline.starts(self.started_at)
+            self.engine.timeline.starts(self.started_at, self._began_at)
 
     def elapsed_s(self) -> float:
         """Seconds of training, over all lives of the run."""
         return now() - self.started_at if self.started_at is not None else self.elapsed_before_s
 
     @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """The block is a part of the step: `wait_s`, `train_s`, ..."""
+    def timed(self, part: str, called: str) -> Iterator[None]:
+        """The block is of this one of `PARTS`, and `called` so in the timeline."""
         engine, began = self.engine, now()
         held = engine.scheduler.held.seconds(began) if part == "wait_s" else None
         straggler_s = engine.queue.straggler_s
@@ -81,7 +81,8 @@ class StepAccount:
                     self._seconds[name] += seconds
                 self._seconds["wait_straggler_s"] += engine.queue.straggler_s - straggler_s
             if engine.timeline is not None:
-                engine.timeline.span("trainer", SPANS[part], began, ended, step=engine.step)
+                under_way = part in ("wait_s", "train_s")
+                engine.timeline.span("trainer", called, began, ended, step=engine.step + under_way)
 
     @property
     def generated(self) -> int:
@@ -96,6 +97,8 @@ class StepAccount:
             if name in gauges:
                 self._sums[name] += gauges[name]
                 self._samples[name] += 1
+        for server, requests in load.requests().items():
+            self._requests[server] += requests
 
     def gauges(self) -> Record:
         """How things stand now."""
@@ -119,7 +122,28 @@ class StepAccount:
     def live(self) -> Gauges:
         """For the live view: the gauges, and why they are so."""
         servers = self.load.by_server() if self.load is not None else {}
-        return {**self.gauges(), **servers, "window_reason": self.engine.slots.reason, "phase": self.engine.phase}
+        return {**self.gauges(), **servers, **self.reasons(), "phase": self.engine.phase}
+
+    def reasons(self) -> dict[str, str]:
+        """Why what moves by itself is where it is."""
+        adaptive = self.engine.adaptive
+        return {
+            "window_reason": self.engine.slots.reason,
+            **({"staleness_reason": adaptive.reason} if adaptive is not None else {}),
+        }
+
+    def facts(self, batch: Batch, result: StepResult) -> StepFacts:
+        """What moves the bound. The optimizer step was taken, and is not reported yet."""
+        spent, engine = self._seconds, self.engine
+        return StepFacts(
+            seconds=now() - self._began_at - spent["publish_wait_s"] - spent["checkpoint_s"],
+            starved_s=max(spent["wait_budget_s"] + spent["wait_unpublished_s"], spent["wait_straggler_s"]),
+            ready_groups=len(engine.queue),
+            hot_load_s=engine.publication.last_s,
+            staleness=batch.staleness.mean,
+            behavior_kl=result.metrics.get("behavior_kl", 0.0),
+            ess=result.metrics.get("ess", 1.0),
+        )
 
     def close(self, batch: Batch, result: StepResult) -> Record:
         """The record of the step that was taken, and a fresh account."""
@@ -131,17 +155,20 @@ class StepAccount:
         record: Record = {
             **self.gauges(),
             **{name: self._sums[name] / samples for name, samples in self._samples.items()},
+            **spread(self._requests),
             **engine.slots.step_completed(),
+            **(engine.adaptive.gauges() if engine.adaptive is not None else {}),
             "time_s": self.elapsed_s(),
             "step_s": step_s,
-            **dict.fromkeys(SPANS, 0.0),
+            **dict.fromkeys(PARTS, 0.0),
             **{f"wait_{reason}_s": 0.0 for reason in REASONS},
             "wait_straggler_s": 0.0,
             **self._seconds,
             **between(self._held_before, held, "held_{}_s"),
             "publish_s": publish_s,
             "loop_lag_s": self.lag.take(),
-            **_rollouts(engine, batch),
+            "loop_blocked_s": self.lag.take_sum(),
+            **_rollouts(engine.scheduler.counts.since(self._counted), batch),
             "samples": batch.sequences,
             "samples_per_s": batch.sequences / step_s if step_s else 0.0,
             "tokens_per_s": tokens / step_s if step_s else 0.0,
@@ -151,14 +178,15 @@ class StepAccount:
             **result.metrics,
         }
         self._held_before = held
+        self._counted = replace(engine.scheduler.counts)
         self._seconds.clear()
         self._sums.clear()
         self._samples.clear()
+        self._requests.clear()
         return record
 
 
-def _rollouts(engine: Engine, batch: Batch) -> Record:
-    counts = engine.scheduler.take_counts()
+def _rollouts(counts: Counts, batch: Batch) -> Record:
     rewards = [reward for group in batch.trained for reward in group.rewards]
     trained_mean = sum(rewards) / len(rewards) if rewards else math.nan
     return {

@@ -25,8 +25,10 @@ from asyncrl.errors import AsyncRLError, EngineError, StepFailed
 from asyncrl.interrupt import Interrupt
 from asyncrl.lives import Life
 from asyncrl.measure import beside, make_evaluator, policies
+from asyncrl.metrics.bottleneck import where_time_went
 from asyncrl.metrics.live import LiveView
-from asyncrl.metrics.report import Account, where_time_went
+from asyncrl.metrics.producer import Producer, rollouts_before
+from asyncrl.metrics.report import Account
 from asyncrl.metrics.sinks import SinkList, open_sinks
 from asyncrl.model_facts import ModelFacts, load_tokenizer
 from asyncrl.result import TrainResult
@@ -63,6 +65,7 @@ class TrainingRun:
     total_steps: int
     account: Account = field(default_factory=Account)
     recorder: SampleRecorder | None = None
+    producer: Producer | None = None
 
     async def run(self, rollout: Callable[..., Any], rows: Rows, measure: EvaluationFn | None) -> TrainResult:
         config, folder = self.config, self.life.folder
@@ -75,7 +78,7 @@ class TrainingRun:
                 function = await stack.enter_async_context(open_rollout(rollout, setup))
             context = await stack.enter_async_context(open_policy(config, self.facts, sampler))
             sinks = open_sinks(config.trackers, folder.root, config, self.life.step if self.life.number else None)
-            stack.callback(sinks.close)
+            stack.push_async_callback(asyncio.to_thread, sinks.close)
             rollouts = self._rollout_log()
             stack.callback(rollouts.close)
             engine = self._engine(stack, function, rows, sampler, trainer, context, sinks, rollouts)
@@ -199,9 +202,10 @@ class TrainingRun:
             canary_tolerance=canary_tolerance(config),
             ledger_store=self.life.store,
             watchdog=self.watchdog,
-            timeline=self._open_timeline(stack) if config.record_timeline else None,
+            timeline=self._open_timeline(stack),
         )
         engine.on_failed_step = on_failed_step
+        self._open_producer(engine, sinks)
         return engine
 
     def _checkpointer(self, engine: Engine, trainer: Trainer, evaluations: Evaluations) -> Checkpointer:
@@ -237,9 +241,22 @@ class TrainingRun:
                 await self.recorder.flush()
 
     def _open_timeline(self, stack: AsyncExitStack) -> Timeline:
-        timeline = Timeline(self.life.folder.timeline, self.life.number)
+        folder = self.life.folder.timeline if self.config.record_timeline else None
+        timeline = Timeline(folder, self.life.number)
         stack.callback(timeline.close)
         return timeline
+
+    def _open_producer(self, engine: Engine, sinks: SinkList) -> None:
+        assert engine.timeline is not None
+        self.producer = Producer(
+            groups=self.config.prompt_groups_per_step,
+            counts=engine.scheduler.counts,
+            gauges=engine.account.gauges,
+            elapsed_s=engine.elapsed_s,
+            write=sinks.produced,
+            before=rollouts_before(self.life.folder.root),
+        )
+        engine.timeline.on_flush = self.producer.take
 
     def _open_recorder(self, stack: AsyncExitStack) -> SampleRecorder:
         """With what a replay makes the same trainer from."""
@@ -327,12 +344,18 @@ class TrainingRun:
                 await engine.run()
         finally:
             evaluations.training_is_over()
+            self._end_producer(engine)
             try:
                 await self._keep(engine, trainer, failed=sys.exc_info()[0] is not None)
             finally:
                 self.interrupt.stop = None
                 engine.ledger.close()
         return time.monotonic() - began
+
+    def _end_producer(self, engine: Engine) -> None:
+        if engine.timeline is not None and self.producer is not None:
+            engine.timeline.flush()
+            self.producer.close()
 
     async def _keep(self, engine: Engine, trainer: Trainer, *, failed: bool) -> None:
         """Checkpoint and model of the last step. A run that fails before its first one has none that anybody wants."""

@@ -70,6 +70,15 @@ class ServerLoad:
     up: bool
 
 
+def spread(requests: Mapping[int, float]) -> dict[str, float]:
+    """How unevenly servers are loaded, as metrics, from the requests of each; nothing where there are none."""
+    total = sum(requests.values())
+    if len(requests) < 2 or not total:
+        return {}
+    busiest = max(requests, key=lambda number: requests[number])
+    return {"replica_spread": requests[busiest] * len(requests) / total, "replica_busiest": float(busiest)}
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """How busy the sampler is. Counters only grow; gauges speak of now."""
@@ -96,11 +105,11 @@ class Load:
         """What is known of servers, as metrics; nothing where there are none."""
         if self.replicas_up is None:
             return {}
-        known: dict[str, float] = {"replicas_up": self.replicas_up, "replicas_lost": self.replicas_lost}
-        requests = [server.running + server.waiting for server in self.servers if server.up]
-        if len(requests) > 1 and (total := sum(requests)):
-            known["replica_spread"] = max(requests) * len(requests) / total
-        return known
+        return {"replicas_up": self.replicas_up, "replicas_lost": self.replicas_lost, **spread(self.requests())}
+
+    def requests(self) -> dict[int, float]:
+        """At each server that is up, by its number from 1."""
+        return {number: s.running + s.waiting for number, s in enumerate(self.servers, 1) if s.up}
 
     def by_server(self) -> dict[str, list[float]]:
         """For the live view: a list with an entry for each server; nothing where there are none."""

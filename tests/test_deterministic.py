@@ -146,7 +146,7 @@ class TestTheEmbeddedSampler:
 
 
 def test_groups_in_order_wait_for_the_unfinished_one_before_them() -> None:
-    order = GroupOrder(batch_groups=2, max_staleness=0, in_order=True)
+    order = GroupOrder(batch_groups=2, bound=0, in_order=True)
     for sequence in range(4):
         order.admitted(sequence, version=0)
     order.finished(group(1))

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from asyncrl.errors import AsyncRLError, StallError, UserError
+from asyncrl.errors import AsyncRLError, ConfigError, StallError, UserError
 from asyncrl.exits import FAILED, NO_READER, STALLED, USER_ERROR, stopped_by
 
 LEAVE_S = 30.0
@@ -128,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("runs", metavar="RUN", nargs="+", help="run folder, such as runs/<time>; it may be going on")
     audit.add_argument("--row", type=int, metavar="N", help="show the history of this dataset row instead")
     _replay_arguments(command("replay", "Train again from what a run recorded, to the same weights."))
+    _trace_arguments(command("trace", "Write the timeline of a run as a file for trace viewers (Perfetto)."))
     promote = command("promote", "Write the model of a run, for transformers, peft and vLLM.")
     promote.add_argument("which", metavar="RUN[:step-000012]", help="or an exported adapter, to merge it")
     promote.add_argument("--out", metavar="DIR", required=True, help="a folder that does not exist yet")
@@ -173,6 +174,24 @@ def _replay_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=_positive, metavar="STEP", help="last step (default: the last that is recorded)")
     parser.add_argument("--step", type=_positive, metavar="STEP", help="train nothing: show what this step was given")
     parser.add_argument("--out", metavar="DIR", help="write the model; a folder that does not exist yet")
+
+
+def _trace_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="run folder, such as runs/<time>; it may be going on")
+    parser.add_argument(
+        "--from", dest="start", type=float, metavar="S", help="first second (default: as much as opens)"
+    )
+    parser.add_argument("--to", dest="end", type=float, metavar="S", help="last second")
+    parser.add_argument("--step", type=_steps, metavar="N[:M]", help="this optimizer step, or those from N to M")
+    parser.add_argument("--out", metavar="FILE", help="gzipped if it ends in .gz (default: RUN/trace.json.gz)")
+
+
+def _steps(text: str) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    try:
+        return _positive(first), _positive(last if colon else first)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N or N:M, such as 12 or 12:20") from None
 
 
 def _range(text: str) -> tuple[float, float]:
@@ -257,6 +276,14 @@ def _audit(arguments: argparse.Namespace) -> int:
     return audit_runs(arguments.runs, arguments.row)
 
 
+def _trace(arguments: argparse.Namespace) -> int:
+    from asyncrl.cli.trace import trace_run
+
+    if arguments.step is not None and not (arguments.start is None and arguments.end is None):
+        raise ConfigError("--step says which part to draw, and so do --from and --to: give one of them.")
+    return trace_run(arguments.folder, arguments.start, arguments.end, arguments.step, arguments.out)
+
+
 def _replay(arguments: argparse.Namespace) -> int:
     from asyncrl.cli.replay import replay_run, show_step
 
@@ -288,6 +315,7 @@ _RUN = {
     "audit": _audit,
     "promote": _promote,
     "replay": _replay,
+    "trace": _trace,
     "doctor": _doctor,
     "version": _version,
 }

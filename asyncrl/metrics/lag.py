@@ -36,15 +36,17 @@ log = structlog.get_logger(__name__)
 
 
 class LagMeter:
-    """Owns the largest lag of the step, in seconds, and when a warning is due. Pure."""
+    """Owns the lags of the step, in seconds, and when a warning is due. Pure."""
 
     def __init__(self) -> None:
         self._largest_s = 0.0
+        self._sum_s = 0.0
         self._warned_at: float | None = None
 
     def observe(self, lag_s: float, now: float) -> bool:
         """Count one lag. Returns whether to warn about it: it is long, and the last warning is a minute old."""
         self._largest_s = max(self._largest_s, lag_s)
+        self._sum_s += lag_s
         due = self._warned_at is None or now - self._warned_at >= WARN_EVERY_S
         if lag_s <= LONG_S or not due:
             return False
@@ -55,6 +57,11 @@ class LagMeter:
         """The largest lag since the last call, in seconds."""
         largest_s, self._largest_s = self._largest_s, 0.0
         return largest_s
+
+    def take_sum(self) -> float:
+        """All lags since the last call together, in seconds: about how long the loop was blocked."""
+        sum_s, self._sum_s = self._sum_s, 0.0
+        return sum_s
 
 
 class Culprit:

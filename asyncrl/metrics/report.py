@@ -1,15 +1,26 @@
-"""Where the time went, in plain sentences, and which setting would change it."""
+"""What the time of a run went into: sums over step records."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-DOMINANT = 0.4
-"""Share of the time from which one phase is called the bottleneck. Three phases and a rest share it, so
-whatever has 0.4 is nearly always the largest."""
+from asyncrl.rollout.held import REASONS
+
+PARTS = ("wait_s", "train_s", "publish_wait_s", "checkpoint_s")
+"""Of the trainer's time; they do not overlap."""
+_SUMS = (
+    *PARTS,
+    *(f"wait_{reason}_s" for reason in REASONS),
+    *("wait_straggler_s", "publish_s", "loop_blocked_s", "rollout_s", "model_s"),
+    *("rollouts_finished", "members_retried", "groups_filtered", "groups_trained", "stale_requeued", "stale_dropped"),
+)
+_MEANS = (
+    *("in_flight_mean", "eval_in_flight", "window", "window_congested", "kv_use", "staleness_max"),
+    *("sampler_running", "sampler_waiting", "replicas_up", "replica_spread"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +32,20 @@ class TimeShares:
     training: float
     publishing: float
     """Waiting for a hot-load to end."""
+    saving: float
+    """Standing still for a checkpoint."""
 
     def __str__(self) -> str:
-        waiting, training, publishing = (f"{share:.0%}" for share in (self.waiting, self.training, self.publishing))
-        return f"waiting for rollouts {waiting}, training {training}, publishing {publishing}"
+        parts = {
+            "waiting for rollouts": self.waiting,
+            "training": self.training,
+            "publishing": self.publishing,
+            "checkpoints": self.saving,
+        }
+        shown = {name: f"{share:.0%}" for name, share in parts.items()}
+        if shown["checkpoints"] == "0%":
+            del shown["checkpoints"]
+        return ", ".join(f"{name} {share}" for name, share in shown.items())
 
 
 class Account:
@@ -35,92 +56,59 @@ class Account:
 
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
         self.steps = 0
+        self.seconds = 0.0
         self._sums: Counter[str] = Counter()
-        self._known: set[str] = set()
-        self._total_s = 0.0
+        self._weights: Counter[str] = Counter()
+        self._most: dict[str, float] = {}
+        self._busiest: dict[int, float] = defaultdict(float)
         for record in records:
             self.add(record)
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Take the record of one more optimizer step."""
         self.steps += 1
-        self._known.update(name for name in _NAMES if name in record)
-        values = {name: _number(record, name) for name in _NAMES}
+        values = {name: _number(record, name) or 0.0 for name in _SUMS}
         self._sums.update(values)
-        self._total_s += max(values["step_s"], sum(values[name] for name in _PARTS))
+        step_s = max(_number(record, "step_s") or 0.0, sum(values[name] for name in PARTS))
+        self.seconds += step_s
+        for name in _MEANS:
+            value = _number(record, name)
+            if value is not None:
+                self._sums[name] += value * step_s
+                self._weights[name] += step_s
+                self._most[name] = max(value, self._most.get(name, value))
+        if (busiest := _number(record, "replica_busiest")) is not None:
+            self._busiest[int(busiest)] += step_s
 
     def shares(self) -> TimeShares | None:
         """Over all steps together; None when they took no time."""
-        if self._total_s <= 0:
-            return None
-        return TimeShares(*(self._sums[name] / self._total_s for name in _PARTS))
+        return TimeShares(*(self.share(name) for name in PARTS)) if self.seconds > 0 else None
 
-    def knows(self, name: str) -> bool:
-        return name in self._known
+    def share(self, name: str) -> float:
+        """Of the time, for a metric in seconds."""
+        return self._sums[name] / self.seconds if self.seconds > 0 else 0.0
 
     def sum(self, name: str) -> float:
         return self._sums[name]
 
     def mean(self, name: str) -> float:
-        return self._sums[name] / self.steps if self.steps else 0.0
+        """Of a gauge, each step by its length; 0 where it is unknown."""
+        return self._sums[name] / self._weights[name] if self._weights[name] > 0 else 0.0
+
+    def most(self, name: str) -> float:
+        """The largest value of a gauge; 0 where it is unknown."""
+        return self._most.get(name, 0.0)
+
+    def busiest_replica(self) -> tuple[int, float]:
+        """Its number from 1, and for which share of the time it was the busiest. Share 0: there are no replicas."""
+        number, seconds = max(self._busiest.items(), key=lambda found: found[1], default=(0, 0.0))
+        return number, seconds / self.seconds if self.seconds > 0 else 0.0
+
+    def knows(self, name: str) -> bool:
+        return name in self._most
 
 
-_PARTS = ("wait_s", "train_s", "publish_wait_s")
-_NAMES = (
-    *_PARTS,
-    *("step_s", "sampler_waiting", "kv_use", "groups_filtered", "groups_trained", "in_flight", "window", "budget_free"),
-)
-
-
-def where_time_went(account: Account) -> str:
-    """One sentence on the bottleneck, one on what to change."""
-    shares = account.shares()
-    if shares is None:
-        return "No optimizer step was finished, so there is no time to account for."
-    sentence = f"Time: {shares}."
-    if shares.publishing >= max(DOMINANT, shares.waiting, shares.training):
-        return (
-            f"{sentence} Hot-loading is the bottleneck: raise publish.weight_sync_interval, "
-            "or train an adapter (lora.rank), which is loaded without a pause."
-        )
-    if shares.waiting >= max(DOMINANT, shares.training):
-        return f"{sentence} Rollouts are the bottleneck: {_why_waiting(account)}"
-    if shares.training >= DOMINANT:
-        return (
-            f"{sentence} The trainer is the bottleneck and rollouts hide behind it, which is where a run should be: "
-            "a faster device, lora.rank or a larger trainer.max_tokens_per_microbatch would speed it up."
-        )
-    return f"{sentence} No part dominates: rollouts and training are in balance."
-
-
-def _why_waiting(account: Account) -> str:
-    """What held the rollouts back, from the gauges at the end of each step."""
-    if account.mean("sampler_waiting") >= 1 or account.mean("kv_use") > 0.9:
-        return (
-            "requests wait for room in the sampler. Add sampler.replicas, give it more memory "
-            "(sampler.gpu_memory_utilization), or lower sampling.max_tokens."
-        )
-    filtered, trained = account.sum("groups_filtered"), account.sum("groups_trained")
-    if filtered > trained:
-        return (
-            f"{filtered:.0f} of {filtered + trained:.0f} groups had equal rewards and were thrown away. Use prompts "
-            "that the model solves sometimes, a finer reward, or a larger completions_per_prompt."
-        )
-    in_flight, window = account.mean("in_flight"), account.mean("window")
-    if window and in_flight >= 0.9 * window:
-        return (
-            f"the concurrency window of {window:.0f} was full and the sampler had room. "
-            "Raise concurrency.initial_window, or concurrency.max_window where the window has reached it."
-        )
-    if account.knows("budget_free") and account.mean("budget_free") < 1:
-        return (
-            "the staleness budget was used up while rollouts were running. Raise staleness.max_staleness, "
-            "or shorten the slowest rollouts (sampling.max_tokens, rollout.timeout_s)."
-        )
-    return "the sampler or your rollout function is slow. See rollouts.jsonl for how long each group took."
-
-
-def _number(record: Mapping[str, Any], name: str) -> float:
-    """0 where the metric is absent, null or not a number (then it differs from itself)."""
+def _number(record: Mapping[str, Any], name: str) -> float | None:
+    """None where the metric is absent, null or not a number (then it differs from itself)."""
     value = record.get(name)
-    return float(value) if isinstance(value, int | float) and value == value else 0.0
+    return float(value) if isinstance(value, int | float) and value == value else None

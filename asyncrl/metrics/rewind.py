@@ -14,7 +14,12 @@ from typing import IO, Any
 
 from asyncrl.private import private
 
-AXES: Mapping[str, str] = {"metrics.jsonl": "step", "evaluations.jsonl": "eval_version", "rollouts.jsonl": "step"}
+AXES: Mapping[str, str] = {
+    "metrics.jsonl": "step",
+    "evaluations.jsonl": "eval_version",
+    "producer.jsonl": "rollout_step",
+    "rollouts.jsonl": "step",
+}
 """File of a run folder -> the field that says which optimizer step a record belongs to."""
 
 

@@ -75,7 +75,7 @@ class Pareto:
     alpha: float
 
     def draw(self, rng: random.Random) -> float:
-        return self.low * (1.0 - rng.random()) ** (-1 / self.alpha)
+        return self.low * math.pow(1.0 - rng.random(), -1 / self.alpha)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,8 @@ class Mixture:
 
     def draw(self, rng: random.Random) -> float:
         at = rng.random()
-        return next(part for part, upto in zip(self.parts, self.upto, strict=True) if at < upto).draw(rng)
+        part = next(part for part, upto in zip(self.parts, self.upto, strict=True) if at < upto)
+        return part.draw(rng)
 
 
 @dataclass(frozen=True, slots=True)

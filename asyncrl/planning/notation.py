@@ -120,7 +120,7 @@ class _Reader:
             return Constant(self._value(token))
         if token.word == "file" and self._take("("):
             return self._file()
-        if token.word in FAMILIES and self._take("("):
+        if token.word is not None and token.word in FAMILIES and self._take("("):
             return self._family(token.word)
         raise ConfigError(
             f"{token.text!r} was found where {self._kind.example}, or {', '.join(FAMILIES)} or file with "

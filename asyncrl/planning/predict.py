@@ -1,9 +1,336 @@
 """What rate and staleness a setting would give: the real scheduler, queue, budget and loop, with modelled ends.
 
     machine, workload = Machine.of_run(run), Workload.of_run(run)
-    prediction = predict(config, machine, workload, steps=300)
-    best = ideal(config, machine, workload)             # what no setting of staleness can exceed
-    prediction.samples_per_s / best.samples_per_s
+    prediction = predict(config, machine, workload)
+    most = ideal(config, machine, workload)             # what no other bound of staleness exceeds
+    prediction.samples_per_s / most.samples_per_s
 """
 
 from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from asyncrl.assemble import assemble
+from asyncrl.collector import calm_collector
+from asyncrl.config import Config, DataConfig, StalenessConfig
+from asyncrl.data import Prompt
+from asyncrl.engine import Engine
+from asyncrl.errors import RecoverableRolloutError
+from asyncrl.planning.sampler_model import Drawn, ModelledSampler, SamplerModel
+from asyncrl.planning.trainer_model import ModelledTrainer, TrainerModel
+from asyncrl.planning.workload import Workload
+from asyncrl.planning.world import World, run_in
+from asyncrl.rollout.batch import Batch
+from asyncrl.rollout.contract import Contract
+from asyncrl.step_record import Record
+from asyncrl.types import RolloutRun, RolloutSample
+
+FOR_EVER_S = 1e9
+"""Longer than any simulation."""
+UNBOUNDED = 1000
+"""Steps of staleness that no run reaches: the trainer never waits for the budget, nor the rollouts."""
+ENDLESS = 1 << 40
+"""Rows."""
+BLOCKS = 10
+"""Parts of a run that are compared to tell how sure a mean is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a run runs on."""
+
+    sampler: SamplerModel = SamplerModel()
+    trainer: TrainerModel = TrainerModel()
+    about: str = ""
+    """Where it comes from, in words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a setting gives, once it is under way. Rates are per second."""
+
+    steps: int
+    """That were measured."""
+    seconds: float
+    """They took, in virtual time."""
+    samples_per_s: float
+    """Trained."""
+    samples_per_s_error: float
+    """Standard error of it, from how much parts of the simulation differ."""
+    rollouts_per_s: float
+    """Finished, trained or not."""
+    loss_tokens_per_s: float
+    """Trained: without those that are masked because of their age."""
+    masked_tokens_per_s: float
+    """Drawn for nothing: masked, or of groups that were dropped or sent back because of their age."""
+    steps_per_s: float
+    staleness_mean: float
+    """Over the loss tokens."""
+    staleness_worst: float
+    wait_share: float
+    """Of the trainer's time, waiting for rollouts."""
+    train_share: float
+    """Of the trainer's time, computing."""
+    publish_wait_share: float
+    in_flight: float
+    """Rollouts, on average over the steps."""
+    window: float
+    sampler_running: float
+    """Requests, at the ends of the steps."""
+    sampler_waiting: float
+    budget_bound_share: float
+    """Of the time, rollouts could not begin because of the staleness bound, or of weights that were not live yet."""
+    slots_bound_share: float
+    """Of the time, rollouts could not begin because the window was full."""
+
+
+def predict(
+    config: Config,
+    machine: Machine,
+    workload: Workload,
+    *,
+    steps: int = 300,
+    warm_up: int | None = None,
+    seed: int = 0,
+    on_step: Callable[[Record], None] = lambda record: None,
+) -> Prediction:
+    """Simulate `steps` optimizer steps after `warm_up` others, and say how they went.
+
+    Args:
+        config: Its data, evaluation, checkpoints and trackers do not matter, nor does its model.
+        warm_up: Steps until it is under way. None: enough for the queue and the window to settle.
+        on_step: Takes the step records that are measured.
+
+    Raises:
+        AsyncRLError: what would end such a run, a bound that is never kept, say.
+    """
+    if warm_up is None:
+        warm_up = 10 + 4 * min(config.staleness.max_staleness, 16)
+    simulation = _Simulation(_bare(config), machine, workload, warm_up, warm_up + steps, seed, on_step)
+    return simulation.run()
+
+
+def ideal(config: Config, machine: Machine, workload: Workload, *, steps: int = 300, seed: int = 0) -> Prediction:
+    """As `predict`, with staleness of any size: what the sampler, the trainer and the window allow together."""
+    staleness = StalenessConfig(policy="pace", max_staleness=UNBOUNDED)
+    return predict(
+        config.model_copy(update={"staleness": staleness}), machine, workload, steps=steps, warm_up=10, seed=seed
+    )
+
+
+def _bare(config: Config) -> Config:
+    """Only what the loop itself looks at. Nothing in virtual time stalls."""
+    return config.model_copy(
+        update={"max_steps": None, "data": DataConfig(shuffle=False), "stall_timeout_s": FOR_EVER_S}
+    )
+
+
+class _Rows:
+    """As many empty rows as anybody wants."""
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+        return {}
+
+
+class _Trusted(Contract):
+    """Simulated samples are what they should be."""
+
+    def check(self, result: object, *, oldest: int, newest: int) -> RolloutRun:
+        assert isinstance(result, RolloutSample)
+        return RolloutRun((result,))
+
+
+class _Session:
+    """The `prompt.policy` of a simulated rollout: which attempt it is, and what it is pinned to."""
+
+    __slots__ = ("attempt", "oldest_version", "pinned")
+
+    calls = ()
+
+    def __init__(self, session: str, pinned: int | None) -> None:
+        self.attempt = int(session.rpartition(".")[2])
+        self.pinned = pinned
+        self.oldest_version: int | None = None
+
+    def close(self) -> None:
+        """It holds nothing."""
+
+
+@dataclass(slots=True)
+class _Steps:
+    """One entry per measured step."""
+
+    time: list[float] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
+    rollouts: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    staleness: list[float] = field(default_factory=list)
+    """Summed over `tokens`."""
+    masked: list[int] = field(default_factory=list)
+    parts: list[tuple[float, ...]] = field(default_factory=list)
+    """Of the step's record, as `_PARTS` names them."""
+    worst: int = 0
+
+
+_PARTS = ("wait_s", "train_s", "publish_wait_s", "in_flight", "window", "sampler_running", "sampler_waiting")
+_PARTS += ("held_budget_s", "held_unpublished_s", "held_slots_s")
+
+
+class _Simulation:
+    """One run in virtual time. Owns what was measured."""
+
+    def __init__(
+        self,
+        config: Config,
+        machine: Machine,
+        workload: Workload,
+        warm_up: int,
+        last: int,
+        seed: int,
+        on_step: Callable[[Record], None],
+    ) -> None:
+        self._config, self._machine, self._workload = config, machine, workload
+        self._warm_up, self._last, self._on_step = warm_up, last, on_step
+        self._order = workload.order(seed)
+        self._rng = random.Random(seed)
+        self._world = World()
+        self._sampler = ModelledSampler(machine.sampler, self._world, self._rng)
+        self._trainer = ModelledTrainer(machine.trainer, self._world, self._sampler)
+        self._steps = _Steps()
+
+    def run(self) -> Prediction:
+        with calm_collector():
+            run_in(self._world, self._run())
+        return self._prediction()
+
+    async def _run(self) -> None:
+        self._engine: Engine = assemble(
+            self._config,
+            self._rollout,
+            _Rows(),
+            sampler=self._sampler,
+            trainer=self._trainer,
+            make_policy=_Session,
+            on_step=self._step,
+            contract=_Trusted(),
+        )
+        await self._engine.run()
+        self._engine.ledger.close()
+
+    async def _rollout(self, prompt: Prompt) -> RolloutSample | None:
+        index, session = prompt.index, prompt.policy
+        assert isinstance(session, _Session)
+        order = self._order
+        turn, place = divmod(index, len(order))
+        member = self._workload.member(order[place], turn, prompt.rollout_index)
+        attempt = member[min(session.attempt, len(member) - 1)]
+        drawn = await self._sampler.play(attempt, session.pinned)
+        if attempt.outcome == "done":
+            shared = self._machine.trainer.shared * attempt.prompt if prompt.rollout_index else 0.0
+            return _sample(max(1, round(attempt.tokens - shared)), drawn, attempt.reward)
+        if attempt.outcome == "timed out":
+            await self._world.sleep(FOR_EVER_S)  # until its time limit cancels it
+        if attempt.outcome == "dropped":
+            return None
+        raise RecoverableRolloutError("as it did in the run that this one is simulated from")
+
+    def _step(self, record: Record, batch: Batch) -> None:
+        step = self._engine.step
+        if step >= self._last:
+            self._engine.stop()
+        if step < self._warm_up:
+            return
+        steps = self._steps
+        tokens, staleness, masked, worst = _tokens(batch)
+        steps.time.append(self._world.now)
+        steps.samples.append(batch.sequences)
+        steps.rollouts.append(record["rollouts_finished"])
+        steps.tokens.append(tokens)
+        steps.staleness.append(staleness)
+        steps.masked.append(masked)
+        steps.parts.append(tuple(record.get(name, 0.0) for name in _PARTS))
+        steps.worst = max(steps.worst, worst)
+        self._on_step(record)
+
+    def _prediction(self) -> Prediction:
+        """The first entry only marks the time from which is measured."""
+        steps = self._steps
+        seconds = steps.time[-1] - steps.time[0]
+        samples, tokens = sum(steps.samples[1:]), sum(steps.tokens[1:])
+        parts = dict(zip(_PARTS, np.array(steps.parts[1:]).T, strict=True))
+        shares = {name: float(column.sum()) / seconds for name, column in parts.items()}
+        means = {name: float(column.mean()) for name, column in parts.items()}
+        return Prediction(
+            steps=len(steps.time) - 1,
+            seconds=seconds,
+            samples_per_s=samples / seconds,
+            samples_per_s_error=_error(np.array(steps.time), np.array(steps.samples[1:])),
+            rollouts_per_s=sum(steps.rollouts[1:]) / seconds,
+            loss_tokens_per_s=tokens / seconds,
+            masked_tokens_per_s=sum(steps.masked[1:]) / seconds,
+            steps_per_s=(len(steps.time) - 1) / seconds,
+            staleness_mean=sum(steps.staleness[1:]) / max(tokens, 1),
+            staleness_worst=steps.worst,
+            wait_share=shares["wait_s"],
+            train_share=shares["train_s"],
+            publish_wait_share=shares["publish_wait_s"],
+            in_flight=means["in_flight"],
+            window=means["window"],
+            sampler_running=means["sampler_running"],
+            sampler_waiting=means["sampler_waiting"],
+            budget_bound_share=shares["held_budget_s"] + shares["held_unpublished_s"],
+            slots_bound_share=shares["held_slots_s"],
+        )
+
+
+def _sample(tokens: int, drawn: Drawn, reward: float) -> RolloutSample:
+    """A sample of so many tokens, with an entry in its mask and versions for each part of `drawn`, not for each token."""
+    return RolloutSample(
+        tokens=range(tokens),
+        logprobs=(),
+        loss_mask=[1] * len(drawn),
+        reward=reward,
+        versions=[version for version, _ in drawn],
+        info={"drawn": drawn},
+    )
+
+
+def _parts(batch: Batch) -> Iterator[Drawn]:
+    for group in batch.trained:
+        for run in group.runs:
+            yield run.segments[0].info["drawn"]
+
+
+def _tokens(batch: Batch) -> tuple[int, int, int, int]:
+    """Loss tokens of the batch, their staleness summed, those that were masked, and the worst staleness."""
+    oldest = batch.step - batch.max_staleness if batch.on_stale == "mask" else -1
+    tokens = total = masked = worst = 0
+    for drawn in _parts(batch):
+        for version, count in drawn:
+            if version < oldest:
+                masked += count
+                continue
+            staleness = batch.step - version
+            tokens += count
+            total += count * staleness
+            if staleness > worst:
+                worst = staleness
+    return tokens, total, masked, worst
+
+
+def _error(time: np.ndarray, samples: np.ndarray) -> float:
+    """Standard error of the rate, from blocks of steps: steps that follow each other are not independent."""
+    blocks = min(BLOCKS, len(samples) // 2)
+    if blocks < 2:
+        return float("nan")
+    ends = np.linspace(0, len(samples), blocks + 1).astype(int)
+    rates = np.array([samples[a:b].sum() / (time[b] - time[a]) for a, b in zip(ends[:-1], ends[1:], strict=True)])
+    return float(rates.std(ddof=1) / np.sqrt(blocks))

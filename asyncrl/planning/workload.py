@@ -7,7 +7,8 @@ of one row with each other, since hard rows take long in all of their members. A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -53,6 +54,19 @@ class Attempt:
     """That are trained on, prompts included; 0 unless `done`."""
     loss_tokens: int = 0
 
+    @classmethod
+    def of_turns(
+        cls, turns: Iterable[tuple[float, int, int]], *, after_s: float = 0.0, reward: float = 0.0
+    ) -> Attempt:
+        """A rollout that succeeds, of (seconds before the turn, tokens that are new in its prompt, tokens drawn): each
+        turn reads what came before, and all that is drawn is trained."""
+        made, context, loss_tokens = [], 0, 0
+        for gap_s, fresh, drawn in turns:
+            context += fresh
+            made.append(Turn(gap_s, (Call(fresh, context, drawn),)))
+            context, loss_tokens = context + drawn, loss_tokens + drawn
+        return cls(tuple(made), after_s, reward=reward, tokens=context, loss_tokens=loss_tokens)
+
     @property
     def prompt(self) -> int:
         """Tokens that the members of a group have in common, as far as one can tell."""
@@ -91,7 +105,7 @@ class Workload:
     @classmethod
     def described(
         cls,
-        draw: Callable[[np.random.Generator], Attempt],
+        draw: Callable[[random.Random], Attempt],
         *,
         group_size: int,
         rows: int = 2000,
@@ -100,7 +114,7 @@ class Workload:
     ) -> Workload:
         """From a function that draws one rollout. `rows` x `group_size` of them are drawn, once: enough for the tails
         that a simulation can show."""
-        rng = np.random.default_rng(seed)
+        rng = random.Random(seed)
         return cls(tuple(tuple((draw(rng),) for _ in range(group_size)) for _ in range(rows)), about)
 
     # What the simulation asks

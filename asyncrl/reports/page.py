@@ -23,6 +23,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from asyncrl.errors import ConfigError
 from asyncrl.private import hide_secrets, private
 
@@ -196,11 +198,12 @@ def page(shown: Model, *, scripts: Sequence[str] = ()) -> str:
 
     Raises `ConfigError` where plotly is not installed.
     """
-    sources = [plotly_js(), *(asset(name) for name in ("page.js", *scripts))]
-    allowed = " ".join(f"'sha256-{_digest(source)}'" for source in sources)
+    code = [plotly_js(), *(asset(name) for name in ("page.js", *scripts))]
+    allowed = " ".join(f"'sha256-{_digest(script)}'" for script in code)
+    source = "'self'" if shown["live"] else "'none'"
     policy = (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
-        f"connect-src {"'self'" if shown['live'] else "'none'"}; base-uri 'none'; form-action 'none'"
+        f"connect-src {source}; base-uri 'none'; form-action 'none'"
     )
     head = f"""<!doctype html>
 <html lang="en">
@@ -217,7 +220,7 @@ def page(shown: Model, *, scripts: Sequence[str] = ()) -> str:
 <noscript>This page draws its charts with JavaScript, which is turned off. Nothing is loaded from anywhere.</noscript>
 <script type="application/json" id="model">{to_json(shown)}</script>
 """
-    return head + "".join(f"<script>{source}</script>\n" for source in sources) + "</body>\n</html>\n"
+    return head + "".join(f"<script>{script}</script>\n" for script in code) + "</body>\n</html>\n"
 
 
 def write_page(out: Path, html: str) -> None:
@@ -291,7 +294,7 @@ def _axis(axis: Axis) -> dict[str, Any]:
 
 def _values(values: Iterable[Any]) -> list[Any]:
     """Numpy's numbers become Python's."""
-    listed = values.tolist() if hasattr(values, "tolist") else values
+    listed = values.tolist() if isinstance(values, np.ndarray) else values
     return [value if isinstance(value, str) else number(value) for value in listed]
 
 

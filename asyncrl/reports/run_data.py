@@ -218,7 +218,7 @@ def _fates(ledger: LedgerReader, one_in: int) -> Fates:
             begun[draw] = key_of(event.life, event.sequence)
             fates[begun[draw]] = FATES.index("pending")
         elif event.state in STATES and draw in begun:
-            fates[begun[draw]] = FATES.index(event.state)  # type: ignore[arg-type]  # one of STATES
+            fates[begun[draw]] = FATES.index(event.state)
     keys = np.fromiter(sorted(fates), np.int64, len(fates))
     return Fates(keys, np.fromiter((fates[key] for key in keys.tolist()), np.int64, len(fates)), one_in)
 

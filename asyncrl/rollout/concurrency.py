@@ -180,7 +180,8 @@ class AdaptiveWindow:
         self._settling = max(0, self._settling - 1)
 
     def step_completed(self) -> dict[str, float]:
-        record = self._slots.metrics(self.window_size) | {"window_changes": float(self._changes)}
+        record = self._slots.metrics(self.window_size)
+        record |= {"window_changes": float(self._changes), "window_congested": float(self._congested)}
         self._changes = 0
         return record
 

@@ -1,11 +1,11 @@
-"""What happened to rollouts: sums since the last step record, and an entry in the timeline for each attempt."""
+"""What happened to rollouts: sums, and an entry in the timeline for each attempt."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from asyncrl.rollout.group import Member
@@ -15,7 +15,7 @@ from asyncrl.types import RolloutRun
 
 @dataclass(slots=True)
 class Counts:
-    """The engine takes and resets it with each step."""
+    """Since the process began. Whoever reports keeps a copy of what it has reported."""
 
     rollouts: int = 0
     retried: int = 0
@@ -33,6 +33,10 @@ class Counts:
     """Of the attempts that ended."""
     model_s: float = 0.0
     """The part of it in calls of the model."""
+
+    def since(self, before: Counts) -> Counts:
+        """What has happened since `before`, a copy that was made then."""
+        return Counts(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
 
 
 def model_seconds(calls: Sequence[float]) -> float:

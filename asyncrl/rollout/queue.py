@@ -1,11 +1,12 @@
-"""Finished groups on their way to the trainer: oldest first, groups whole, none too late.
+"""Finished groups on their way to the trainer: the one that is due first, groups whole, none too late.
 
 `GroupOrder` is the pure rule, `GroupQueue` waits on it.
 
-Under a hard bound every admitted group has a deadline: a group that began at version v may be trained in the
-batch that is taken after v + O steps, and in no later one. A younger finished group passes an unfinished one
-exactly as long as every unfinished group still finds a place in time. docs/staleness.md has the proof that this
-keeps the bound, and what it gains over handing groups out in admission order.
+Under a hard bound every admitted group has a deadline: a group that began at version v, under the bound O, may be
+trained in the batch that is taken after v + O steps, and in no later one. While O stays, the group that is due first
+is the oldest. A finished group passes an unfinished one that is due earlier exactly as long as every unfinished group
+still finds a place in time. docs/staleness.md has the proof that this keeps the bound, also where O moves, and what it
+gains over handing groups out in admission order.
 """
 
 from __future__ import annotations
@@ -22,20 +23,22 @@ class GroupOrder:
 
     Args:
         batch_groups: B, places of one batch.
-        max_staleness: O, in optimizer steps. None: no deadlines, the oldest finished group is always next.
+        bound: O, in optimizer steps, for the groups that are admitted from now on. None: no deadlines, the oldest
+            finished group is always next.
         in_order: No group passes an unfinished one, so that how long rollouts took changes nothing.
     """
 
-    def __init__(self, batch_groups: int, max_staleness: int | None, *, in_order: bool = False) -> None:
+    def __init__(self, batch_groups: int, bound: int | None, *, in_order: bool = False) -> None:
         self._batch_groups = batch_groups
-        self._max_staleness = max_staleness
+        self.bound = bound
         self._in_order = in_order
         self._step = 0
         self._places = batch_groups
         self._due: Counter[int] = Counter()
         self._deadlines: dict[int, int] = {}
         self._ready: dict[int, Group] = {}
-        self._heap: list[int] = []
+        self._heap: list[tuple[int, int]] = []
+        """Of the finished groups: (deadline, sequence)."""
 
     def __len__(self) -> int:
         """Finished groups that wait."""
@@ -43,18 +46,28 @@ class GroupOrder:
 
     def begin_batch(self, step: int) -> None:
         """The groups that are taken from now on are trained when `step` steps have been taken."""
-        assert not self._due or min(self._due) >= step or self._max_staleness is None
+        assert not self._due or min(self._due) >= step or self.bound is None
         self._step, self._places = step, self._batch_groups
 
     def admitted(self, sequence: int, version: int) -> None:
         """A group begins at `version`. Versions never fall from one admission to the next."""
-        deadline = version + (self._max_staleness or 0)
+        self._expect(sequence, version + (self.bound or 0))
+
+    def admitted_before(self, group: Group, deadline: int) -> None:
+        """An earlier life of the run admitted the group."""
+        self._expect(group.sequence, group.version if self.bound is None else deadline)
+
+    def _expect(self, sequence: int, deadline: int) -> None:
         self._deadlines[sequence] = deadline
         self._due[deadline] += 1
 
+    def deadline(self, group: Group) -> int:
+        """The step before which the group must be handed out; of one that has been, the step of its batch."""
+        return self._deadlines.get(group.sequence, self._step)
+
     def finished(self, group: Group) -> None:
         self._ready[group.sequence] = group
-        heapq.heappush(self._heap, group.sequence)
+        heapq.heappush(self._heap, (self._deadlines[group.sequence], group.sequence))
 
     def gone(self, sequence: int) -> None:
         """An admitted group leaves without having been handed out."""
@@ -64,19 +77,25 @@ class GroupOrder:
             del self._due[deadline]
 
     def take(self) -> Group | None:
-        """The oldest finished group, unless that would leave no place for an unfinished one before its deadline."""
-        if not self._heap or not self._fits(self._deadlines[self._heap[0]]):
+        """The finished group that is due first, unless no place would be left for an unfinished one in time.
+
+        Where that one does not fit, no other does: whatever is in its way is in theirs.
+        """
+        if not self._heap:
             return None
-        if self._in_order and self._heap[0] != min(self._deadlines):
+        deadline, sequence = self._heap[0]
+        if not self._fits(deadline) or (self._in_order and sequence != min(self._deadlines)):
             return None
-        group = self._ready.pop(heapq.heappop(self._heap))
-        self.gone(group.sequence)
+        assert self.bound is None or deadline >= self._step, f"group {sequence} was due at step {deadline}"
+        heapq.heappop(self._heap)
+        group = self._ready.pop(sequence)
+        self.gone(sequence)
         self._places -= 1
         return group
 
     def _fits(self, deadline: int) -> bool:
         """Whether the groups that are due earlier still find places when this one takes the next place."""
-        if self._max_staleness is None:
+        if self.bound is None:
             return True
         places, due = self._places - 1, 0
         for step in range(self._step, deadline):
@@ -87,7 +106,7 @@ class GroupOrder:
         return True
 
     def waiting(self) -> list[Group]:
-        """The finished groups, oldest first."""
+        """The finished groups, in the order of their admission."""
         return [self._ready[sequence] for sequence in sorted(self._ready)]
 
     def put_back(self) -> None:
@@ -102,8 +121,8 @@ class GroupQueue:
     `close` and `abort`.
     """
 
-    def __init__(self, batch_groups: int, max_staleness: int | None, *, in_order: bool = False) -> None:
-        self.order = GroupOrder(batch_groups, max_staleness, in_order=in_order)
+    def __init__(self, batch_groups: int, bound: int | None, *, in_order: bool = False) -> None:
+        self.order = GroupOrder(batch_groups, bound, in_order=in_order)
         self._changed = asyncio.Event()
         self._closed = False
         self._aborted = False

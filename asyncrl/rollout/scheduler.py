@@ -142,10 +142,6 @@ class Scheduler:
         longest = itertools.chain(self._overdue.values(), self._running.values())
         return [(member, now - member.started_at) for member in itertools.islice(longest, count)]
 
-    def take_counts(self) -> Counts:
-        counts, self.counts = self.counts, Counts()
-        return counts
-
     @property
     def _drained(self) -> bool:
         """No prompt will be begun any more: the data is at its end, or gives no signal."""
@@ -195,10 +191,10 @@ class Scheduler:
         self.budget.leave()
         self.pump()
 
-    def take_finished(self, group: Group) -> None:
+    def take_finished(self, group: Group, deadline: int) -> None:
         """An earlier life of this run admitted and finished the group: it waits to be trained."""
         self.budget.admit()
-        self.queue.order.admitted(group.sequence, group.version)
+        self.queue.order.admitted_before(group, deadline)
         self.queue.finished(group)
 
     def stop(self) -> None:

@@ -1,12 +1,12 @@
 """The staleness bound: when a group may be admitted, and what becomes of one that is too old.
 
-B groups are one optimizer batch, O is `max_staleness`. The budget has
+B groups are one optimizer batch, O is the bound. The budget has
 
     slots = (O + 1) B
 
 A group holds a slot from its admission until weights trained on it are live in the sampler, or until it
 leaves without having been trained. docs/staleness.md derives from this, and from the order of the queue,
-that under `wait` no token is trained more than O steps after the version that drew it.
+that under `wait` no token is trained more than O steps after the version that drew it, also where O moves.
 """
 
 from __future__ import annotations
@@ -28,12 +28,22 @@ class StalenessBudget:
     def __init__(self, slots: int, most_groups: int | None = None) -> None:
         assert slots >= 1
         self.slots = slots
-        self.free = slots
+        self.in_use = 0
         self._most = most_groups
         self._kept = 0
         self.used = 0
         """Groups that optimizer steps have used, since the start of the run."""
         self._awaiting: deque[tuple[int, int]] = deque()
+
+    @property
+    def free(self) -> int:
+        """Groups that may be admitted. 0 too while more slots are in use than there still are."""
+        return max(0, self.slots - self.in_use)
+
+    def resize(self, slots: int) -> None:
+        """The bound has moved."""
+        assert slots >= 1
+        self.slots = slots
 
     def can_admit(self) -> bool:
         return self.free > 0 and (self._most is None or self._kept < self._most)
@@ -48,14 +58,14 @@ class StalenessBudget:
     def admit(self) -> None:
         """A group begins and takes a slot."""
         assert self.can_admit()
-        self.free -= 1
+        self.in_use += 1
         self._kept += 1
 
     def leave(self) -> None:
         """An admitted group was filtered, rejected or sent back: it will not be trained."""
-        self.free += 1
+        self.in_use -= 1
         self._kept -= 1
-        assert self.free <= self.slots
+        assert self.in_use >= 0
 
     def trained(self, groups: int, step: int) -> None:
         """Optimizer step number `step` (from 1) used `groups` groups: their slots return when it is live."""
@@ -72,8 +82,8 @@ class StalenessBudget:
         returned = 0
         while self._awaiting and self._awaiting[0][0] <= version:
             returned += self._awaiting.popleft()[1]
-        self.free += returned
-        assert self.free <= self.slots
+        self.in_use -= returned
+        assert self.in_use >= 0
         return returned
 
 

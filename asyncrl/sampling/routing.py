@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter, OrderedDict
 
 SESSIONS_REMEMBERED = 1 << 16
 """Sessions that keep their replica. One that is forgotten only loses its prefix cache."""
+ENTRIES_PER_REPLICA = 8
+"""Of the router's heap, before what is past is thrown out of it: a request costs the same with a thousand replicas."""
 
 
 class Router:
@@ -16,6 +19,8 @@ class Router:
         self._given = [0] * replicas  # sessions and requests that each got so far: breaks ties evenly
         self._up = set(range(replicas))
         self._homes: OrderedDict[str, int] = OrderedDict()
+        self._by_load: list[tuple[int, int, int]] = []  # (in flight, given, replica): a heap, with entries of the past
+        self._note_all()
 
     def take_out(self, replica: int) -> None:
         """No request goes there until it is put in again; its sessions move when they next ask."""
@@ -23,24 +28,49 @@ class Router:
 
     def put_in(self, replica: int) -> None:
         self._up.add(replica)
+        self._note(replica)
 
     def begin(self, session: str) -> int:
         """The replica for a request that starts now; one must be up. Every `begin` needs its `end`."""
-        home = self._homes.get(session) if session else None
-        if home not in self._up:
-            home = min(sorted(self._up), key=lambda index: (self.in_flight[index], self._given[index]))
-            self._given[home] += 1
+        home = self.place(self._homes.get(session) if session else None)
         if session:
             self._homes[session] = home
             self._homes.move_to_end(session)
             if len(self._homes) > SESSIONS_REMEMBERED:
                 self._homes.popitem(last=False)
+        return home
+
+    def place(self, home: int | None) -> int:
+        """As `begin`, for those who remember the home of their session, None being none yet."""
+        if home is None or home not in self._up:
+            home = self._idlest()
+            self._given[home] += 1
         self.in_flight[home] += 1
+        self._note(home)
         return home
 
     def end(self, replica: int) -> None:
         assert self.in_flight[replica] > 0
         self.in_flight[replica] -= 1
+        self._note(replica)
+
+    def _idlest(self) -> int:
+        """The first entry of the heap that still holds. There is always one for each replica that is up."""
+        while True:
+            in_flight, given, replica = self._by_load[0]
+            if replica in self._up and (in_flight, given) == (self.in_flight[replica], self._given[replica]):
+                return replica
+            heapq.heappop(self._by_load)
+
+    def _note(self, replica: int) -> None:
+        if len(self._by_load) > ENTRIES_PER_REPLICA * len(self.in_flight):
+            self._note_all()
+        else:
+            heapq.heappush(self._by_load, (self.in_flight[replica], self._given[replica], replica))
+
+    def _note_all(self) -> None:
+        self._by_load = [(self.in_flight[replica], self._given[replica], replica) for replica in self._up]
+        heapq.heapify(self._by_load)
 
 
 class AdapterShelf:

@@ -312,6 +312,11 @@ class LedgerReader:
         """How many events of the lineage there are of each state."""
         return dict(self._connection.execute("SELECT state, count(*) FROM history WHERE NOT undone GROUP BY state"))
 
+    def trained_in(self) -> dict[int, int]:
+        """The optimizer step that trained each group of the lineage, by its place in the order of admission."""
+        where = "WHERE NOT undone AND state = 'trained'"
+        return dict(self._connection.execute(f"SELECT sequence, step FROM history {where}"))
+
     def some_draws(self, one_in: int) -> Iterator[Event]:
         """The events of the lineage of one draw in `one_in`, always the same ones, chosen without regard to the order
         of the data."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -67,23 +67,31 @@ class Timeline:
     """Records one life of a run. Used from the event loop; a thread writes.
 
     A disk that is full or slow costs the rest of the timeline and a line in the log, never the run.
+
+    Args:
+        folder: `RUN/timeline`. None: nothing is written, and `on_flush` alone hears of it.
+        life: Number of the process that works on the run; 0 is the first.
     """
 
-    def __init__(self, folder: Path, life: int = 0) -> None:
-        self._folder = folder / f"life-{life}"
+    def __init__(self, folder: Path | None, life: int = 0) -> None:
+        self.on_flush: Callable[[array[float], array[float]], None] = lambda attempts, calls: None
+        """Gets the attempts and the calls that are handed over, as they are written."""
+        self._folder = folder / f"life-{life}" if folder is not None else None
         self._life = life
         self._attempts: array[float] = array("d")
         self._calls: array[float] = array("d")
         self._spans: list[dict[str, Any]] = []
         self._jobs: SimpleQueue[_Parts | None] = SimpleQueue()
         self._dropping = False
-        self._thread = Thread(target=self._run, name="asyncrl timeline", daemon=True)
-        self._thread.start()
+        self._thread: Thread | None = None
+        if self._folder is not None:
+            self._thread = Thread(target=self._run, args=(self._folder,), name="asyncrl timeline", daemon=True)
+            self._thread.start()
 
-    def starts(self, origin: float) -> None:
-        """Training begins: `origin` is the time on the loop's clock where `time_s` of the step records is 0."""
-        now = time.monotonic()
-        self._spans.insert(0, {"life": self._life, "origin": origin, "wall": time.time() - (now - origin)})
+    def starts(self, origin: float, now: float) -> None:
+        """Training begins, `now` on the loop's clock; `origin` is there where `time_s` of the step records is 0."""
+        clock = {"life": self._life, "origin": origin, "began": now, "wall": time.time() - (now - origin)}
+        self._spans.insert(0, clock)
 
     def attempt(self, row: Sequence[float], calls: Sequence[float]) -> None:
         """Take an attempt that has ended: the columns of `ATTEMPT`, and those of `CALL` for each of its calls."""
@@ -104,6 +112,9 @@ class Timeline:
             array("d"),
             [],
         )
+        self.on_flush(parts.attempts, parts.calls)
+        if self._thread is None:
+            return
         if self._jobs.qsize() < MOST_WAITING:
             self._jobs.put(parts)
         elif not self._dropping:
@@ -113,21 +124,22 @@ class Timeline:
     def close(self) -> None:
         """Write the rest. A disk that never answers does not hold it up."""
         self.flush()
-        self._jobs.put(None)
-        self._thread.join(CLOSE_LIMIT_S)
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join(CLOSE_LIMIT_S)
 
-    def _run(self) -> None:
+    def _run(self, folder: Path) -> None:
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with (
-                open(self._folder / "attempts.f8", "ab", opener=private) as attempts,
-                open(self._folder / "calls.f8", "ab", opener=private) as calls,
-                open(self._folder / "spans.jsonl", "a", encoding="utf-8", opener=private) as spans,
+                open(folder / "attempts.f8", "ab", opener=private) as attempts,
+                open(folder / "calls.f8", "ab", opener=private) as calls,
+                open(folder / "spans.jsonl", "a", encoding="utf-8", opener=private) as spans,
             ):
                 while (parts := self._jobs.get()) is not None:
                     _write(parts, attempts, calls, spans)
         except OSError as error:
-            log.warning("the rest of the timeline is not written", folder=str(self._folder), error=repr(error))
+            log.warning("the rest of the timeline is not written", folder=str(folder), error=repr(error))
             while self._jobs.get() is not None:
                 pass
 
@@ -147,6 +159,8 @@ class LifeTimes:
     """The timeline of one life. Times are seconds on the axis of the step records' `time_s`."""
 
     number: int
+    began: float
+    """When it began to train: where the life before it is gone on from."""
     wall: float
     """Unix time at 0."""
     attempts: np.ndarray
@@ -184,7 +198,7 @@ def _read_life(folder: Path) -> LifeTimes | None:
     spans = [
         {**line, "began": line["began"] - origin, "ended": line["ended"] - origin} for line in lines if "track" in line
     ]
-    return LifeTimes(int(clock["life"]), clock["wall"], attempts, calls, first, spans)
+    return LifeTimes(int(clock["life"]), clock["began"] - origin, clock["wall"], attempts, calls, first, spans)
 
 
 def _read_rows(path: Path, row: np.dtype[Any]) -> np.ndarray:

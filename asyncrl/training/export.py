@@ -48,10 +48,10 @@ def write_folder(policy: PolicyModel, folder: Path, dtype: torch.dtype, merge: b
 
 
 def prune(folder: Path, newest: int, keep: int) -> None:
-    """Remove the folders `policy-v*` of versions that are `keep` or more behind `newest`."""
-    for old in folder.glob("policy-v*"):
-        if int(old.name.removeprefix("policy-v")) <= newest - keep:
-            shutil.rmtree(old)
+    """Remove the folders `policy-v*` of all versions up to `newest` but the last `keep`."""
+    versions = sorted(int(path.name.removeprefix("policy-v")) for path in folder.glob("policy-v*"))
+    for old in [version for version in versions if version <= newest][:-keep]:
+        shutil.rmtree(folder / f"policy-v{old}")
 
 
 def write_model(policy: PolicyModel, folder: Path, source: str, merge: bool = False) -> Path:

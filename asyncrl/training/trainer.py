@@ -234,7 +234,7 @@ class TorchTrainer:
         write_folder(self._policy, folder, self._policy.compute_dtype)
         # A sampler reads full weights once; an adapter it may read again while a rollout of its version goes on.
         keep = 2 * (self._config.staleness.max_staleness + 2) if adapter else 2
-        prune(self._publish_folder, self._step, keep * max(1, self._config.publish.weight_sync_interval))
+        prune(self._publish_folder, self._step, keep)
         return Weights(version=self._step, adapter=adapter, folder=folder, probe=probe)
 
     def save_model(self, folder: Path, *, merge: bool = False) -> None:

@@ -65,6 +65,8 @@ def _in_a_process(folder: Path, work: Callable[[], list[str]]) -> list[str]:
     """What went wrong there: what `work` returns, or how it ended otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
     printed, result = folder / "printed.txt", folder / "result.json"
+    for left in (printed, result):  # of the folder that this one is a copy of
+        left.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
         _be(folder, printed, result, work)

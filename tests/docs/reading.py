@@ -170,9 +170,10 @@ def _is_rollout(value: Any) -> bool:
     if not callable(value) or isinstance(value, type):
         return False
     try:
-        return list(inspect.signature(value).parameters) in (["prompt"], ["setup"])
+        takes = list(inspect.signature(value).parameters)
     except (TypeError, ValueError):
         return False
+    return takes == ["setup"] or (takes == ["prompt"] and inspect.iscoroutinefunction(value))
 
 
 def load_settings(settings: dict[str, Any]) -> None:

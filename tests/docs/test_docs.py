@@ -38,7 +38,9 @@ class Machine:
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({"page": page and str(page), "folder": str(folder)}) + "\n")
         self.process.stdin.flush()
-        answer: list[str] = json.loads(self.process.stdout.readline())
+        line = self.process.stdout.readline()
+        assert line, f"the reader's machine is gone, with {self.process.wait()}: what it said is on stderr"
+        answer: list[str] = json.loads(line)
         return answer
 
 
@@ -47,9 +49,10 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     home = tmp_path_factory.mktemp("reader")
     offline = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     quiet = {"TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
+    typed = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # their environment is active
     process = subprocess.Popen(
         [sys.executable, str(HERE / "machine.py"), str(home)],
-        env=os.environ | offline | quiet,
+        env=os.environ | offline | quiet | typed,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -74,39 +77,44 @@ def test_few_blocks_are_not_run() -> None:
 
 
 BROKEN = {
-    "a name that is not there": "```python\nprint(nothing)\n```",
-    "an import of the past": "```python\nfrom asyncrl import learn\n```",
-    "inside of a rollout function": '```python\nasync def rollout(prompt):\n    return grade(prompt["answer"])\n```',
-    "a field that rows do not have": '```python\nasync def rollout(prompt):\n    return prompt["solution"]\n```',
-    "inside of a factory": "```python\nasync def make_rollout(setup):\n    raise OSError\n```",
-    "settings that cannot be used": "```python\nconfig = asyncrl.Config(model='Qwen/Qwen3-0.6B', steps=3)\n```",
-    "an objective that fails": (
+    "```python\nprint(nothing)\n```": "name 'nothing' is not defined",
+    "```python\nfrom asyncrl import learn\n```": "cannot import name 'learn'",
+    '```python\nasync def rollout(prompt):\n    return grade(prompt["answer"])\n```': "name 'grade' is not defined",
+    '```python\nasync def rollout(prompt):\n    return prompt["solution"]\n```': "solution",
+    "```python\nasync def make_rollout(setup):\n    raise OSError('no luck')\n```": "no luck",
+    "```python\nconfig = asyncrl.Config(model='Qwen/Qwen3-0.6B', steps=3)\n```": "steps: there is no such setting",
+    "```python\nasyncrl.train(rollout, dataset='train.jsonl', config=asyncrl.Config(model='a/b'))\n```": "no model 'a/b'",
+    (
         "```python\ndef loss(inputs): return 1 / 0\n"
         "config = asyncrl.Config(model='Qwen/Qwen3-0.6B', policy_loss=loss)\n```"
-    ),
-    "a setting that is not there": "```toml\n[staleness]\nmaximum = 3\n```",
-    "a recipe's setting that is not there": '```toml\nbase_model = "Qwen/Qwen3-0.6B"\nrank = 3\n```',
-    "no JSON": '```json\n{"prompt": ...}\n```',
-    "a command that is not there": "```sh\nasyncrl learn train.toml\n```",
-    "an option that is not there": "```console\n$ asyncrl inspect runs/first --wurst 3\n```",
-    "a run that is not there": "```sh\nasyncrl inspect runs/second\n```",
-    "an extra that is not there": "```sh\npip install '.[gpu]'\n```",
-    "a target that is not there": "```sh\nmake everything\n```",
-    "a script that is not there": "```sh\npython examples/chess.py\n```",
-    "a program that nothing runs": "```sh\nrm -rf runs\n```",
-    "a language that nothing runs": "```yaml\na: 1\n```",
-    "a command among formulas": "```\nasyncrl train train.toml\n```",
-    "an indented command": "Try this:\n\n    asyncrl train train.toml\n",
-    "no reason": "<!-- not run: sorry -->\n```python\n1 / 0\n```",
-    "no end": "```python\n1 + 1\n",
+    ): "division by zero",
+    "```toml\n[staleness]\nmaximum = 3\n```": "staleness.maximum",
+    '```toml\nbase_model = "Qwen/Qwen3-0.6B"\nrank = 3\n```': "no recipe has all of",
+    '```json\n{"prompt": ...}\n```': "JSONDecodeError",
+    "```sh\nasyncrl learn train.toml\n```": "SystemExit: 2",
+    "```console\n$ asyncrl inspect runs/first --wurst 3\n```": "does not know --wurst",
+    "```console\nasyncrl inspect runs/first\n```": "begins with `$ `",
+    "```sh\nasyncrl inspect runs/second\n```": "ended with 2",
+    "```sh\npip install '.[gpu]'\n```": "no extra ['gpu']",
+    "```sh\nmake everything\n```": "CalledProcessError",
+    "```sh\npython examples/chess.py\n```": "no examples/chess.py",
+    "```sh\npython benchmarks/overlap.py --sheep 3\n```": "has no --sheep",
+    "```sh\nrm -rf runs\n```": "nothing here runs 'rm'",
+    "```yaml\na: 1\n```": "nothing here runs 'yaml'",
+    "```\nasyncrl train train.toml\n```": "typed by readers",
+    "Try this:\n\n    asyncrl train train.toml\n": "typed by readers",
+    "<!-- not run: sorry -->\n```python\n1 / 0\n```": "no reason",
+    "```python\n1 + 1\n": "never ends",
+    "```python\nimport os; os._exit(0)\n```": "the process died",
 }
+"""What is wrong with a page -> what is said of it."""
 
 
-@pytest.mark.parametrize("fault", BROKEN)
-def test_a_broken_block_is_found(fault: str, machine: Machine, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("broken", "said"), BROKEN.items(), ids=range(len(BROKEN)))
+def test_a_broken_block_is_found(broken: str, said: str, machine: Machine, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"# A page\n\n{BROKEN[fault]}\n")
-    assert machine.read(page, tmp_path / "folder")
+    page.write_text(f"# A page\n\n{broken}\n")
+    assert said in "\n".join(machine.read(page, tmp_path / "folder"))
 
 
 def test_what_is_right_passes(machine: Machine, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_evaluations_have_a_file_and_an_axis_of_their_own(tmp_path: Path, monkey
     sinks.evaluated(found)
     sinks.close()
     assert [step for step, _ in wandb[0].logged] == [3, 4, 5, None]
-    assert wandb[0].axes == {"eval_*": "eval_version", "loss": "step"}
+    assert wandb[0].axes == {"eval_reward": "eval_version", "eval_reward_low": "eval_version", "loss": "step"}
     assert [step for step, _ in trackio[0].logged] == [3, 4, 5, 3]
     assert wandb[0].logged[-1][1]["eval_reward"] == trackio[0].logged[-1][1]["eval_reward"] == 0.25
     (line,) = (tmp_path / "evaluations.jsonl").read_text().splitlines()
@@ -122,9 +122,7 @@ def test_every_sink_is_closed_when_one_fails() -> None:
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def write(self, record: Mapping[str, float | int | str]) -> None: ...
-
-        def evaluated(self, record: Mapping[str, float | int | str]) -> None: ...
+        def log(self, axis: str, record: Mapping[str, float | int | str]) -> None: ...
 
         def close(self) -> None:
             closed.append(self.name)
@@ -136,20 +134,30 @@ def test_every_sink_is_closed_when_one_fails() -> None:
     assert sorted(closed) == ["a", "b", "c"]
 
 
-def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="an optional tracker")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    sinks = open_sinks(["tensorboard"], tmp_path, CONFIG)
-    for step in (1, 2):
-        sinks.write({"step": step, "reward_mean": step / 4, "loss": math.nan, "note": "text"})
-    sinks.evaluated({"eval_version": 1.0, "eval_reward": 0.5})
+def test_records_of_rollouts_have_a_file_and_an_axis_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = fake_tracker(monkeypatch, "wandb")
+    sinks = open_sinks(["wandb"], tmp_path, CONFIG)
+    assert not (tmp_path / "producer.jsonl").exists(), "a supervised run has no rollouts"
+    for ended in (32, 64):
+        sinks.produced({"rollouts_ended": ended, "rollout_reward_mean": 0.5})
     sinks.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert events.Tags()["scalars"] == ["reward_mean", "eval_version", "eval_reward"]
-    assert [(event.step, event.value) for event in events.Scalars("eval_reward")] == [(1, 0.5)]
-    assert [(event.step, event.value) for event in events.Scalars("reward_mean")] == [(1, 0.25), (2, 0.5)]
+    assert wandb[0].axes == {"rollout_reward_mean": "rollouts_ended"}
+    lines = [json.loads(line) for line in (tmp_path / "producer.jsonl").read_text().splitlines()]
+    assert [line["rollouts_ended"] for line in lines] == [32, 64]
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_tracker_that_does_not_start_is_the_users_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_tracker(monkeypatch, "wandb")
+
+    def init(**settings: Any) -> None:
+        raise RuntimeError("no API key")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", init)
+    with pytest.raises(ConfigError, match=r"no API key.*wandb login.*WANDB_MODE=offline"):
+        open_sinks(["wandb"], tmp_path, CONFIG)
 
 
 def test_wandb_goes_where_the_config_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,31 +190,3 @@ def test_trackers_go_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monk
         ("run", "allow"),
         ("run", "never"),
     ]
-
-
-def test_wandb_itself_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="an optional tracker")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    ids = []
-    for resumed in (None, 1):
-        sinks = open_sinks(["wandb"], tmp_path, CONFIG, resumed)
-        sinks.write({"step": 2, "loss": 0.5})
-        sinks.close()
-        ids.append((tmp_path / "wandb" / "run-id").read_text())
-    assert ids[0] == ids[1]
-    assert len(list((tmp_path / "wandb").glob(f"offline-run-*/run-{ids[0].strip()}.wandb"))) == 2
-
-
-def test_tensorboard_forgets_what_was_undone(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="an optional tracker")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for resumed, steps, value in ((None, (1, 2, 3), 0.25), (1, (2,), 0.5)):
-        sinks = open_sinks(["tensorboard"], tmp_path, CONFIG, resumed)
-        for step in steps:
-            sinks.write({"step": step, "reward_mean": value})
-        sinks.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("reward_mean")] == [(1, 0.25), (2, 0.5)]

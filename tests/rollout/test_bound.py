@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
@@ -17,14 +18,16 @@ from asyncrl.config import Config
 from asyncrl.data import Prompt
 from asyncrl.errors import BreakerOpen, ConfigError, RecoverableRolloutError, StallError
 from asyncrl.rollout import concurrency, queue, staleness
+from asyncrl.rollout.adaptive import AdaptiveStaleness, StepFacts
+from asyncrl.rollout.batch import Batch, loss_versions
 from asyncrl.storage import ledger
 from asyncrl.testing.simulation import Outcome, simulate, timed_rollout
-from asyncrl.types import RolloutSample
+from asyncrl.types import Group, RolloutSample, TrainSequence
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> Config:
-    """Any configuration that is accepted."""
+def configs(draw: st.DrawFn, moving: bool = False) -> Config:
+    """Any configuration that is accepted, of those whose bound stays or of those whose bound moves."""
     groups = draw(st.integers(1, 6))
     bound = draw(st.integers(0, 5))
     members = draw(st.integers(2, 4))
@@ -32,6 +35,7 @@ def configs(draw: st.DrawFn) -> Config:
         st.sampled_from([("wait", "train"), ("pace", "mask"), ("pace", "requeue"), ("pace", "drop"), ("pace", "train")])
     )
     window = draw(st.integers(1, 12))
+    least = draw(st.integers(0, bound)) if moving else None
     return Config(
         model="none",
         seed=draw(st.integers(0, 1000)),
@@ -41,8 +45,8 @@ def configs(draw: st.DrawFn) -> Config:
         max_steps=draw(st.none() | st.integers(1, 8)),
         on_filtered=draw(st.sampled_from(["replace", "drop"])),
         data={"epochs": draw(st.integers(1, 2))},
-        staleness={"policy": policy, "max_staleness": bound, "on_stale": on_stale},
-        publish={"weight_sync_interval": draw(st.integers(1, bound + 1))},
+        staleness={"policy": policy, "max_staleness": bound, "on_stale": on_stale, "min_staleness": least},
+        publish={"weight_sync_interval": draw(st.integers(1, (bound if least is None else least) + 1))},
         rollout={
             "timeout_s": 20.0,
             "retries": draw(st.integers(0, 2)),
@@ -115,6 +119,96 @@ def test_no_token_is_trained_beyond_the_bound(  # type: ignore[no-untyped-def]
         assert outcome.steps <= config.max_steps
 
 
+@dataclass
+class Witness:
+    """Sees each group's bound where it is admitted, and its tokens where they go to the trainer."""
+
+    bounds: dict[int, int] = field(default_factory=dict)
+    """By sequence."""
+    moves: int = 0
+    trained: int = 0
+
+    def watch(self, patch: pytest.MonkeyPatch, chance: random.Random) -> None:
+        """Let the bound and the hot-loads jump at each step, and look on."""
+
+        def observe(controller: AdaptiveStaleness, facts: StepFacts) -> None:
+            before = controller.bound
+            controller.bound = chance.randint(controller._least, controller._most)
+            controller._interval = chance.randint(1, 9)
+            self.moves += controller.bound != before
+
+        admitted, add = queue.GroupOrder.admitted, Batch.add
+
+        def admit(order: queue.GroupOrder, sequence: int, version: int) -> None:
+            assert order.bound is not None
+            self.bounds[sequence] = order.bound
+            admitted(order, sequence, version)
+
+        def train(batch: Batch, groups: list[Group]) -> list[TrainSequence]:
+            for group in groups:
+                oldest = min(min(loss_versions(sample)) for run in group.runs for sample in run.segments)
+                assert batch.step - oldest <= self.bounds[group.sequence]
+                self.trained += 1
+            return add(batch, groups)
+
+        patch.setattr(AdaptiveStaleness, "observe", observe)
+        patch.setattr(queue.GroupOrder, "admitted", admit)
+        patch.setattr(Batch, "add", train)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    config=configs(moving=True).filter(lambda config: config.staleness.policy == "wait"),
+    rows=st.integers(1, 60),
+    failure_rate=st.sampled_from([0.0, 0.1]),
+    equal_rate=st.sampled_from([0.0, 0.3]),
+    step_s=st.sampled_from([0.0, 0.1, 5.0]),
+    publish_s=st.sampled_from([0.0, 0.1, 7.0]),
+    chance=st.randoms(use_true_random=False),
+)
+def test_no_token_is_over_the_bound_of_its_group_while_the_bound_jumps(  # type: ignore[no-untyped-def]
+    config, rows, failure_rate, equal_rate, step_s, publish_s, chance
+) -> None:
+    random.seed(chance.random())
+    witness = Witness()
+    with pytest.MonkeyPatch.context() as patch:
+        witness.watch(patch, chance)
+        outcome = simulate(
+            config,
+            rows=rows,
+            rollout=troubled(Outcome(), failure_rate, 0.01, equal_rate, 2),
+            step_s=lambda: chance.random() * step_s,
+            publish_s=lambda: chance.random() * publish_s,
+            keep_failure=True,
+        )
+    assert outcome.failure is None or isinstance(outcome.failure, BreakerOpen), outcome.failure
+    assert outcome.worst_staleness <= config.staleness.max_staleness
+    if outcome.failure is None and config.max_steps is None:
+        assert outcome.ledger["pending"] == 0
+        assert outcome.ledger["admitted"] == rows * config.data.epochs
+    full = [record["groups_trained"] for record in outcome.records[:-1]]
+    if config.on_filtered == "replace":
+        assert full == [config.prompt_groups_per_step] * len(full)
+
+
+@settings(max_examples=40, deadline=None)
+@given(config=configs(moving=True), rows=st.integers(1, 60), step_s=st.floats(0.0, 1.0), publish_s=st.floats(0.0, 3.0))
+def test_the_controller_keeps_its_limits(config: Config, rows: int, step_s: float, publish_s: float) -> None:
+    outcome = simulate(
+        config,
+        rows=rows,
+        duration_s=lambda rng: min(15.0, rng.lognormvariate(-1, 1)),
+        step_s=lambda: step_s,
+        publish_s=lambda: publish_s,
+    )
+    limits = config.staleness
+    for record in outcome.records:
+        assert limits.min_staleness <= record["staleness_bound"] <= limits.max_staleness
+        assert config.publish.weight_sync_interval <= record["sync_interval"] <= record["staleness_bound"] + 1
+    if limits.policy == "wait" or limits.on_stale != "train":
+        assert outcome.worst_staleness <= limits.max_staleness
+
+
 @settings(max_examples=40, deadline=None)
 @given(config=configs(), rows=st.integers(1, 40), stop_after_s=st.floats(0.0, 20.0))
 def test_a_stop_at_any_moment_accounts_for_every_prompt(config: Config, rows: int, stop_after_s: float) -> None:
@@ -177,9 +271,30 @@ class TestSeededFaults:
         with pytest.raises(AssertionError):
             long_tail("wait", 1)
 
+    def test_a_deadline_that_moves_with_the_bound(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whose deadline is looked up when it is too late to keep another."""
+        monkeypatch.setattr(
+            queue.GroupOrder, "admitted", lambda self, sequence, version: self._expect(sequence, version + 6)
+        )
+        with pytest.raises(AssertionError):
+            jumping()
+
+    def test_a_budget_that_does_not_shrink(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def grow_only(self: staleness.StalenessBudget, slots: int) -> None:
+            self.slots = max(self.slots, slots)
+
+        monkeypatch.setattr(staleness.StalenessBudget, "resize", grow_only)
+        with pytest.raises(AssertionError):
+            jumping()
+
+    def test_hot_loads_that_ignore_the_bound(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(AdaptiveStaleness, "sync_interval", property(lambda self: self._interval))
+        with pytest.raises(StallError, match="0 finished groups, 0 unfinished"):
+            jumping()
+
     def test_slots_given_back_before_the_weights_are_live(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def at_once(self: staleness.StalenessBudget, groups: int, step: int) -> None:
-            self.free += groups
+            self.in_use -= groups
 
         monkeypatch.setattr(staleness.StalenessBudget, "trained", at_once)
         config = Config(
@@ -215,6 +330,37 @@ class TestSeededFaults:
         monkeypatch.setattr(concurrency.FixedWindow, "release", twice)
         with pytest.raises(AssertionError, match="given back twice"):
             half_filtered()
+
+
+def jumping() -> Outcome:
+    """A hard bound that jumps between 0 and 6 at every step."""
+    config = Config(
+        model="none",
+        completions_per_prompt=2,
+        prompt_groups_per_step=2,
+        staleness={"max_staleness": 6, "min_staleness": 0},
+        concurrency={"min_window": 64, "max_window": 64},
+        rollout={"timeout_s": 20.0},
+        stall_timeout_s=100.0,
+    )
+    chance = random.Random(0)
+    with pytest.MonkeyPatch.context() as patch:
+        witness = Witness()
+        witness.watch(patch, chance)
+        outcome = simulate(
+            config,
+            rows=400,
+            duration_s=lambda rng: min(15.0, rng.lognormvariate(-1, 1.5)),
+            step_s=lambda: chance.random(),
+            publish_s=lambda: chance.random(),
+        )
+    assert witness.moves > 100
+    assert witness.trained == 400
+    return outcome
+
+
+def test_a_bound_that_jumps_is_used_to_its_ends() -> None:
+    assert jumping().worst_staleness == 6
 
 
 def half_filtered() -> Outcome:

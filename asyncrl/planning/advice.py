@@ -1,0 +1,167 @@
+"""Which setting to take, and why. Pure.
+
+The rule: of the settings whose worst staleness is at most `worst`, the freshest one that keeps `1 - give` of the best
+rate among them. Freshest is the least mean staleness of the tokens that are trained.
+
+Speed has an end and staleness has none: each further step of it buys less, and costs the objective as much as the one
+before. So one does not ask for the fastest setting, but for the freshest that is nearly as fast. How stale is too stale
+is a question about learning, which no simulation answers: docs/staleness.md has what is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from asyncrl.planning.setting import Point
+
+GIVE = 0.10
+"""Share of the best rate that one gives for freshness: the knee of most of these curves lies within it."""
+WORST = 8
+"""Steps. Published ablations lose no quality up to about here with a corrected objective (docs/staleness.md)."""
+SAME_STALENESS = 0.05
+"""Steps. Less than that between two means is no difference."""
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A recommendation with its reasons."""
+
+    point: Point
+    reasons: tuple[str, ...]
+    """Plain sentences."""
+    fresher: Point | None
+    """The next setting on the frontier that trains on fresher tokens, and is slower."""
+    faster: Point | None
+    """The next one that is faster, and staler."""
+
+
+def frontier(points: Sequence[Point], *, by_worst: bool = False) -> list[Point]:
+    """The points that no other beats in both rate and staleness, the freshest first.
+
+    `by_worst`: staleness is that of the oldest token, not the mean. Of points that are alike the first stays.
+    """
+
+    def stale(point: Point) -> float:
+        return point.staleness_worst if by_worst else point.staleness_mean
+
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda point: (stale(point), -point.share)):
+        if not kept or point.share > kept[-1].share:
+            kept.append(point)
+    return kept
+
+
+def recommend(points: Sequence[Point], *, give: float = GIVE, worst: float = WORST) -> Advice:
+    """The setting to take. `points` must not be empty."""
+    allowed = [point for point in points if point.staleness_worst <= worst]
+    within = bool(allowed)
+    allowed = allowed or [min(points, key=lambda point: (point.staleness_worst, -point.share))]
+    best = max(allowed, key=lambda point: point.share)
+    enough = [point for point in allowed if point.share >= (1 - give) * best.share]
+    freshest = min(point.staleness_mean for point in enough)
+    alike = [point for point in enough if point.staleness_mean <= freshest + SAME_STALENESS]
+    chosen = min(alike, key=_plainness)
+    edge = [point for point in frontier(allowed) if point is not chosen]
+    fresher = max(
+        (point for point in edge if point.staleness_mean < chosen.staleness_mean - SAME_STALENESS),
+        key=lambda point: point.share,
+        default=None,
+    )
+    faster = min(
+        (point for point in edge if point.share > chosen.share + 2 * (point.error + chosen.error)),
+        key=lambda point: point.staleness_mean,
+        default=None,
+    )
+    reasons = [
+        _why(chosen, best, give, worst, within),
+        *([_fresher(fresher, chosen)] if fresher else []),
+        *([_faster(faster, chosen)] if faster else ["Nothing that was tried within that limit is faster."]),
+        *_beyond(points, best, worst),
+    ]
+    return Advice(chosen, tuple(reasons), fresher, faster)
+
+
+def _plainness(point: Point) -> tuple[float, ...]:
+    """Of settings that are as fresh: nothing lost, the lower worst, the hard bound, fewer slots, then the faster."""
+    setting = point.setting
+    return (
+        round(point.lost, 2),
+        point.staleness_worst,
+        setting.policy != "wait",
+        setting.max_staleness,
+        setting.sync_interval,
+        setting.window or 0,
+        -point.share,
+    )
+
+
+def _why(chosen: Point, best: Point, give: float, worst: float, within: bool) -> str:
+    says = f"{said(chosen)} gives {chosen.share:.0%} of the ideal rate, {_staleness(chosen)}."
+    if not within:
+        return (
+            f"{says} No setting that was tried keeps every token within {worst:g} steps (--worst); this one comes "
+            "nearest."
+        )
+    if chosen is best:
+        return f"{says} Of the settings that keep every token within {worst:g} steps (--worst) it is the fastest."
+    return (
+        f"{says} It is the freshest that keeps {1 - give:.0%} (--give) of the rate of the fastest within {worst:g} "
+        f"steps (--worst): {said(best)}, with {best.share:.0%}."
+    )
+
+
+def _fresher(other: Point, chosen: Point) -> str:
+    return (
+        f"Fresher: {_difference(other, chosen)} gives {other.share:.0%} and lowers the mean staleness from "
+        f"{chosen.staleness_mean:.1f} to {other.staleness_mean:.1f}."
+    )
+
+
+def _faster(other: Point, chosen: Point) -> str:
+    times = f" ({other.staleness_mean / chosen.staleness_mean:.1f} times)" if chosen.staleness_mean >= 0.1 else ""
+    return (
+        f"Faster: {_difference(other, chosen)} gives {other.share:.0%} and raises the mean staleness from "
+        f"{chosen.staleness_mean:.1f} to {other.staleness_mean:.1f}{times}, the worst from "
+        f"{chosen.staleness_worst:.0f} to {other.staleness_worst:.0f}."
+    )
+
+
+def _beyond(points: Sequence[Point], best: Point, worst: float) -> list[str]:
+    """What the limit on the worst staleness costs, where that is much."""
+    fastest = max(points, key=lambda point: point.share)
+    if fastest.staleness_worst <= worst or fastest.share < best.share + 0.05:
+        return []
+    return [
+        f"Beyond {worst:g} steps: {said(fastest)} would give {fastest.share:.0%}, {_staleness(fastest)}. Whether the "
+        "objective bears that is for an experiment to show (docs/staleness.md)."
+    ]
+
+
+def said(point: Point) -> str:
+    """`max_staleness 4 with wait`."""
+    setting = point.setting
+    return f"max_staleness {setting.max_staleness} with {setting.policy}"
+
+
+def _difference(other: Point, chosen: Point) -> str:
+    """`other`, with everything in which it differs."""
+    there, here = other.setting, chosen.setting
+    named = {
+        "a window of {}": (there.window, here.window),
+        "{} groups a step": (there.groups_per_step, here.groups_per_step),
+        "groups of {}": (there.group_size, here.group_size),
+        "a sync interval of {}": (there.sync_interval, here.sync_interval),
+    }
+    extra = [
+        text.format(new if new is not None else "the config's") for text, (new, old) in named.items() if new != old
+    ]
+    return ", ".join([said(other), *extra])
+
+
+def _staleness(point: Point) -> str:
+    lost = f", and {point.lost:.0%} of the tokens are never trained" if point.lost >= 0.005 else ""
+    return (
+        f"the tokens it trains are {point.staleness_mean:.1f} steps old on average and {point.staleness_worst:.0f} at "
+        f"worst{lost}"
+    )

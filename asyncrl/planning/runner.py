@@ -1,0 +1,191 @@
+"""Predicts many settings at once, in processes of its own.
+
+A process that dies, Ctrl-C, and an error in a simulation end all of them; none outlives the block.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import structlog
+
+from asyncrl.config import Config, StalenessConfig
+from asyncrl.errors import EngineError
+from asyncrl.planning.predict import UNBOUNDED, Machine, Prediction, predict
+from asyncrl.planning.setting import Point, Setting
+from asyncrl.planning.workload import Workload
+
+TURNOVERS = 4
+"""Times that everything under way is replaced before measuring begins: the rollouts of a start all begin together."""
+LEAST_STEPS, MOST_STEPS = 100, 2000
+ROLLOUTS = 20_000
+"""Of one prediction, where that is enough steps: a second or two."""
+DOMINANT = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What the processes are told once."""
+
+    base: Config
+    machine: Machine
+    workload: Workload
+    seed: int = 0
+    steps: int | None = None
+    """Optimizer steps to measure. None: `ROLLOUTS` rollouts' worth, from `LEAST_STEPS` to `MOST_STEPS`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One simulation."""
+
+    setting: Setting
+    unbounded: bool = False
+    """Of staleness: what sampler, trainer and window could do by themselves."""
+
+
+def solve(question: Question, task: Task) -> Prediction:
+    """Predict one setting. Raises what such a run would raise, and `ConfigError`."""
+    setting = task.setting
+    config = setting.config(question.base)
+    per_step = setting.groups_per_step * setting.group_size
+    under_way = setting.demand
+    if task.unbounded:
+        config = config.model_copy(update={"staleness": StalenessConfig(policy="pace", max_staleness=UNBOUNDED)})
+        under_way = config.concurrency.max_window
+    turnover = -(-min(under_way, config.concurrency.max_window) // per_step)
+    warm_up = 10 + TURNOVERS * turnover
+    steps = question.steps or min(MOST_STEPS, max(LEAST_STEPS, 2 * warm_up, ROLLOUTS // per_step))
+    return predict(
+        config, question.machine, question.workload, steps=steps, warm_up=min(warm_up, steps), seed=question.seed
+    )
+
+
+class Runner:
+    """Answers tasks, `jobs` at a time. Make it with `running`."""
+
+    def __init__(self, question: Question, pool: Executor | None, progress: Callable[[int, int], None]) -> None:
+        self._question, self._pool, self._progress = question, pool, progress
+
+    def predictions(self, tasks: Sequence[Task]) -> list[Prediction]:
+        """One for each task, in their order.
+
+        Raises:
+            EngineError: a process died; or what ended a simulation.
+        """
+        if not tasks:
+            return []
+        self._progress(0, len(tasks))
+        if self._pool is None:
+            found = []
+            for done, task in enumerate(tasks, 1):
+                found.append(solve(self._question, task))
+                self._progress(done, len(tasks))
+            return found
+        futures = [self._pool.submit(_solve, task) for task in tasks]
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                future.result()
+                self._progress(done, len(tasks))
+        except BrokenProcessPool:
+            raise EngineError(
+                "a process that simulates settings died, for lack of memory perhaps. Try fewer at once (--jobs 1), or "
+                "fewer steps (--steps)."
+            ) from None
+        return [future.result() for future in futures]
+
+    def ideals(self, settings: Sequence[Setting]) -> list[float]:
+        """Samples/s of each without a bound on staleness."""
+        return [found.samples_per_s for found in self.predictions([Task(s, unbounded=True) for s in settings])]
+
+    def points(self, settings: Sequence[Setting], ideal: float) -> list[Point]:
+        """`ideal`: samples/s."""
+        predictions = self.predictions([Task(setting) for setting in settings])
+        return [point_of(s, prediction, ideal) for s, prediction in zip(settings, predictions, strict=True)]
+
+
+@contextmanager
+def running(question: Question, jobs: int, progress: Callable[[int, int], None]) -> Iterator[Runner]:
+    """A runner with `jobs` processes; 1 stays in this one. `progress` is told (done, of how many)."""
+    quiet()
+    if jobs <= 1:
+        yield Runner(question, None, progress)
+        return
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (question,))
+    before = {child.pid for child in multiprocessing.active_children()}
+    try:
+        yield Runner(question, pool, progress)
+    finally:
+        for child in multiprocessing.active_children():
+            if child.pid not in before:
+                child.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+def quiet() -> None:
+    """What simulated runs log is of no interest."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+
+
+_asked: Question
+
+
+def _begin(question: Question) -> None:
+    """In a process: learn what is asked. It ends when the one that asks is gone, however that ended."""
+    global _asked
+    _asked = question
+    quiet()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    threading.Thread(target=_end_with_parent, name="asyncrl parent watch", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _solve(task: Task) -> Prediction:
+    return solve(_asked, task)
+
+
+def point_of(setting: Setting, prediction: Prediction, ideal: float) -> Point:
+    """What matters of a prediction."""
+    drawn = prediction.loss_tokens_per_s + prediction.masked_tokens_per_s
+    lost = prediction.masked_tokens_per_s / drawn if drawn else 0.0
+    kept = 1 - lost if setting.policy == "mask" else 1.0  # others train all of what they train
+    return Point(
+        setting=setting,
+        samples_per_s=kept * prediction.samples_per_s,
+        share=kept * prediction.samples_per_s / ideal,
+        error=kept * prediction.samples_per_s_error / ideal,
+        staleness_mean=prediction.staleness_mean,
+        staleness_worst=prediction.staleness_worst,
+        lost=lost,
+        wait_share=prediction.wait_share,
+        publish_share=prediction.publish_wait_share,
+        busy=prediction.in_flight / prediction.window if prediction.window else 0.0,
+        step_s=1 / prediction.steps_per_s,
+        binds=binds(prediction),
+    )
+
+
+def binds(prediction: Prediction) -> str:
+    """What would have to change first for it to go faster."""
+    if prediction.publish_wait_share > max(prediction.train_share, prediction.wait_share):
+        return "hot-loads"
+    if prediction.train_share >= DOMINANT and prediction.train_share > prediction.wait_share:
+        return "trainer"
+    if prediction.budget_bound_share > prediction.slots_bound_share:
+        return "staleness"
+    return "sampler" if prediction.sampler_waiting >= 1 else "window"

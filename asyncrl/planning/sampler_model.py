@@ -1,0 +1,399 @@
+"""The sampler as a simulation needs it: replicas that decode batches, in virtual time, without a token in sight.
+
+A replica with n requests gives each of them a token every
+
+    t(n) = token_s + (n - 1) * running_s        seconds
+
+and works off prompts in between: each fresh prompt token takes `prompt_s`, in which nobody gets a token. All requests of
+a replica progress alike, so one number, the tokens that each has been given since the replica began (`served`), tells
+how far all of them are: a request that joins at `served` = 900 for 64 tokens ends at 964. The next to end is the top of a
+heap, and nothing is done per token or per running request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Literal
+
+from asyncrl.planning.workload import Attempt, Call
+from asyncrl.planning.world import World
+from asyncrl.sampling.routing import Router
+from asyncrl.types import Completion, Load, SampleRequest, Weights
+
+ENDED = 1e-6
+"""Tokens that a request may be short of its end: rounding, far below one token."""
+Drawn = list[tuple[int, int]]
+"""(version, tokens that it drew), in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerModel:
+    """How fast the sampler is. Times in seconds."""
+
+    replicas: int = 1
+    token_s: float = 0.02
+    """One token of a request that is alone in its replica."""
+    running_s: float = 0.0
+    """What each further running request adds to that, for all of them."""
+    prompt_s: float = 0.0
+    """One prompt token that is not in the cache; the others wait meanwhile."""
+    call_s: float = 0.0
+    """What each call adds, whatever its size: transport, and waiting for the next step of the engine."""
+    max_running: int | None = None
+    """Requests that a replica decodes at once; further ones wait. None: any number."""
+    hot_load_s: tuple[float, ...] = (0.0,)
+    """From exported weights until they are live: one is drawn for each hot-load."""
+    pause_share: float = 0.0
+    """The part of a hot-load in which no token is drawn."""
+    side_by_side: bool = False
+    """Several versions are live (LoRA), and a call ends on the one that it began with. Else all go on with the new one."""
+    drain: bool = False
+    """A hot-load waits until all calls have ended, and new ones wait for it."""
+    slowdown: float = 0.0
+    """How much longer everything takes while the trainer computes on the same device: 0.5 is half as long again."""
+
+    def token_time(self, running: float) -> float:
+        """t(n), in seconds."""
+        return self.token_s + max(running - 1, 0) * self.running_s
+
+    def tokens_per_s(self, running: int) -> float:
+        """Of one replica, prompts left out."""
+        return running / self.token_time(running) if running else 0.0
+
+
+class _Request:
+    """A call on its way through a replica."""
+
+    __slots__ = ("began_at", "call", "dead", "ended", "version")
+
+    def __init__(self, call: Call, version: int, ended: Callable[[Drawn], None]) -> None:
+        self.call = call
+        self.version = version
+        self.ended = ended
+        self.began_at = -1.0
+        """`served` of the replica; negative before that."""
+        self.dead = False
+
+
+class _Replica:
+    """Owns the requests of one engine. `served` is right as of `at`."""
+
+    __slots__ = ("_at", "_debt_s", "_due", "_heap", "_model", "_order", "_sampler", "_world", "running", "served")
+    __slots__ += ("speed", "swaps", "waiting")
+
+    def __init__(self, sampler: ModelledSampler, world: World, model: SamplerModel) -> None:
+        self._sampler, self._world, self._model = sampler, world, model
+        self.running = 0
+        self.served = 0.0
+        self.speed = 1.0
+        self.waiting: deque[_Request] = deque()
+        self.swaps: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=64)
+        """(served, version that tokens are drawn from since then)."""
+        self._heap: list[tuple[float, int, _Request]] = []
+        self._order = count()
+        self._at = 0.0
+        self._debt_s = 0.0
+        """Seconds of work that come before the next token: prompts, and pauses."""
+        self._due = math.inf
+        """When it is looked at next."""
+
+    def begin(self, request: _Request) -> None:
+        if request.dead:
+            return
+        self._advance()
+        if self._model.max_running is not None and self.running >= self._model.max_running:
+            self.waiting.append(request)
+        else:
+            self._join(request)
+            self._arm()
+
+    def leave(self, request: _Request) -> None:
+        """Its rollout was cancelled."""
+        request.dead = True
+        if request in self.waiting:
+            self.waiting.remove(request)
+        elif request.began_at >= 0:
+            self._advance()
+            self._left()
+            self._arm()
+
+    def pause(self, seconds: float) -> None:
+        self._advance()
+        self._debt_s += seconds
+        self._arm()
+
+    def swap(self, version: int) -> None:
+        """Tokens come from other weights from now on."""
+        self._advance()
+        self.swaps.append((self.served, version))
+
+    def set_speed(self, speed: float) -> None:
+        self._advance()
+        self.speed = speed
+        self._arm()
+
+    def _advance(self) -> None:
+        now = self._world.now
+        work_s = (now - self._at) * self.speed
+        self._at = now
+        if work_s <= self._debt_s:
+            self._debt_s -= work_s
+            return
+        if self.running:
+            self.served += (work_s - self._debt_s) / self._model.token_time(self.running)
+        self._debt_s = 0.0
+
+    def _arm(self) -> None:
+        """Look again when the next request ends. One that is set too early only looks once more."""
+        heap = self._heap
+        while heap and heap[0][2].dead:
+            heapq.heappop(heap)
+        if not heap:
+            return
+        left_s = self._debt_s + max(0.0, heap[0][0] - self.served) * self._model.token_time(self.running)
+        due = self._world.now + left_s / self.speed
+        if due < self._due:
+            self._due = due
+            self._world.at(due, self._look)
+
+    def _look(self, time: float) -> None:
+        if time != self._due:
+            return  # another look is set
+        self._due = math.inf
+        self._advance()
+        heap, ended = self._heap, list[_Request]()
+        while heap and heap[0][0] <= self.served + ENDED:
+            request = heapq.heappop(heap)[2]
+            if not request.dead:
+                self._left()
+                ended.append(request)
+        self._arm()
+        for request in ended:
+            request.ended(self._drawn(request))
+
+    def _left(self) -> None:
+        self.running -= 1
+        if self.waiting:
+            self._join(self.waiting.popleft())
+        elif not self.running:
+            self._sampler.went_idle()
+
+    def _join(self, request: _Request) -> None:
+        if not self.running:
+            self._sampler.went_busy()
+        self.running += 1
+        self._debt_s += request.call.fresh * self._model.prompt_s
+        request.began_at = self.served
+        heapq.heappush(self._heap, (self.served + max(request.call.drawn, 0), next(self._order), request))
+
+    def _drawn(self, request: _Request) -> Drawn:
+        """Which weights drew how many of its tokens."""
+        tokens, swaps = request.call.drawn, self.swaps
+        if self._model.side_by_side:
+            return [(request.version, tokens)]
+        if request.began_at >= swaps[-1][0]:
+            return [(swaps[-1][1], tokens)]
+        found: Drawn = []
+        for served, version in reversed(swaps):
+            own = min(tokens, max(0, tokens - round(served - request.began_at)))
+            if own:
+                found.append((version, own))
+                tokens -= own
+            if served <= request.began_at or not tokens:
+                break
+        if tokens:  # it has seen more hot-loads than are remembered
+            found.append((swaps[0][1], tokens))
+        return found[::-1]
+
+
+class ModelledSampler:
+    """Implements `asyncrl.types.Sampler`, and plays whole rollouts without waking their coroutines in between."""
+
+    wants: Literal["tensors", "files"] = "tensors"
+
+    def __init__(self, model: SamplerModel, world: World, rng: random.Random) -> None:
+        self.model = model
+        self.world = world
+        self.version = 0
+        self.busy = 0
+        """Replicas that have something to do."""
+        self.on_busy: Callable[[], None] = lambda: None
+        """Called when the first one has, and when the last one has not any more."""
+        self.generated = 0
+        self._rng = rng
+        self._router = Router(model.replicas)
+        self._replicas = [_Replica(self, world, model) for _ in range(model.replicas)]
+        self._closed = False
+        self._held: list[Callable[[], None]] = []
+
+    async def __aenter__(self) -> ModelledSampler:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        return None
+
+    # Rollouts
+
+    async def play(self, attempt: Attempt, pinned: int | None = None) -> Drawn:
+        """Live through the turns of a rollout. Returns what drew its tokens, one entry per turn and version."""
+        play = _Play(self, attempt, pinned, asyncio.get_running_loop().create_future())
+        play.go_on(self.world.now)
+        try:
+            await play.over
+        except asyncio.CancelledError:
+            play.cancel()
+            raise
+        return play.drawn
+
+    def send(self, request: _Request, home: int | None) -> int:
+        """Give a call to the replica of its rollout, or to the one with the fewest. Returns which."""
+        place = self._router.place(home)
+        if self._closed:
+            self._held.append(lambda: self._replicas[place].begin(request))
+        else:
+            self._replicas[place].begin(request)
+        return place
+
+    def ended(self, place: int) -> None:
+        self._router.end(place)
+
+    def drop(self, request: _Request, place: int) -> None:
+        self._router.end(place)
+        self._replicas[place].leave(request)
+
+    # The rest of a sampler
+
+    async def generate(self, request: SampleRequest) -> Completion:
+        """As many tokens as the request allows; all are token 0, with log-prob 0."""
+        call = Call(len(request.token_ids), len(request.token_ids), request.params.max_tokens)
+        over: asyncio.Future[Drawn] = asyncio.get_running_loop().create_future()
+        version = self.version if request.version is None else request.version
+        place = self.send(_Request(call, version, lambda drawn: self.world.wake(over, drawn)), None)
+        try:
+            drawn = await over
+        finally:
+            self._router.end(place)
+        await self.world.sleep(self.model.call_s)
+        versions = [version for version, tokens in drawn for _ in range(tokens)]
+        return Completion([0] * call.drawn, [0.0] * call.drawn, versions, "length")
+
+    async def score(
+        self, token_ids: Sequence[int], version: int, *, start: int = 1, session: str | None = None
+    ) -> list[float]:
+        return [0.0] * (len(token_ids) - start)
+
+    async def publish(self, weights: Weights) -> None:
+        seconds = self._rng.choice(self.model.hot_load_s)
+        if self.model.drain:
+            await self._drained()
+        pause_s = seconds * self.model.pause_share
+        for replica in self._replicas if pause_s else ():
+            replica.pause(pause_s * replica.speed)
+        await self.world.sleep(seconds)
+        self.version = weights.version
+        for replica in self._replicas if not self.model.side_by_side else ():
+            replica.swap(weights.version)
+        self._closed = False
+        held, self._held = self._held, []
+        for begin in held:
+            begin()
+
+    async def _drained(self) -> None:
+        self._closed = True
+        while self.busy:
+            await self.world.sleep(self.model.token_time(1))
+
+    @contextmanager
+    def hold(self) -> Iterator[int | None]:
+        yield None
+
+    async def load(self) -> Load:
+        running = sum(replica.running for replica in self._replicas)
+        waiting = sum(len(replica.waiting) for replica in self._replicas)
+        return Load(running, waiting, generated_tokens=self.generated)
+
+    # The trainer beside it
+
+    def trainer_computes(self, yes: bool) -> None:
+        if self.model.slowdown:
+            for replica in self._replicas:
+                replica.set_speed(1 / (1 + self.model.slowdown) if yes else 1.0)
+
+    def went_busy(self) -> None:
+        self.busy += 1
+        if self.busy == 1:
+            self.on_busy()
+
+    def went_idle(self) -> None:
+        self.busy -= 1
+        if not self.busy:
+            self.on_busy()
+
+
+class _Play:
+    """A rollout on its way through its turns."""
+
+    __slots__ = ("_attempt", "_calls", "_home", "_pinned", "_sampler", "_turn", "drawn", "over")
+
+    def __init__(
+        self, sampler: ModelledSampler, attempt: Attempt, pinned: int | None, over: asyncio.Future[None]
+    ) -> None:
+        self._sampler, self._attempt, self._pinned = sampler, attempt, pinned
+        self._turn = -1
+        self._home: int | None = None
+        self._calls: list[_Request] = []
+        """Under way."""
+        self.drawn: Drawn = []
+        self.over = over
+
+    def go_on(self, now: float) -> None:
+        """To the next turn, once its gap has passed; or to the end."""
+        self._turn += 1
+        turns = self._attempt.turns
+        call_s = self._sampler.model.call_s if self._turn else 0.0
+        if self._turn < len(turns):
+            gap_s, then = turns[self._turn].gap_s + call_s, self._call
+        else:
+            gap_s, then = self._attempt.after_s + call_s, self._end
+        if gap_s > 0:
+            self._sampler.world.at(now + gap_s, then)
+        else:
+            then(now)
+
+    def cancel(self) -> None:
+        for request in self._calls:
+            assert self._home is not None
+            self._sampler.drop(request, self._home)
+        self._calls.clear()
+
+    def _call(self, now: float) -> None:
+        if self.over.done():
+            return
+        sampler = self._sampler
+        version = sampler.version if self._pinned is None else self._pinned
+        for call in self._attempt.turns[self._turn].calls:
+            request = _Request(call, version, lambda drawn: None)
+            request.ended = lambda drawn, request=request: self._ended(request, drawn)  # type: ignore[misc]
+            self._calls.append(request)
+        for request in list(self._calls):
+            self._home = sampler.send(request, self._home)
+
+    def _ended(self, request: _Request, drawn: Drawn) -> None:
+        assert self._home is not None
+        self._sampler.ended(self._home)
+        self._sampler.generated += request.call.drawn
+        self._calls.remove(request)
+        self.drawn += drawn
+        if not self._calls:
+            self.go_on(self._sampler.world.now)
+
+    def _end(self, now: float) -> None:
+        self._sampler.world.wake(self.over)

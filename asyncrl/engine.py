@@ -91,6 +91,7 @@ class Engine:
     _failed_steps: int = 0
     """In a row."""
     timeline: Timeline | None = None
+    load_every_s: float = LOAD_EVERY_S
     phase: str = "starting"
     """What the trainer does."""
     _phase_since: float = 0.0
@@ -359,7 +360,7 @@ class Engine:
             self.on_gauges(self.account.live())
             if self.timeline is not None:
                 self.timeline.flush()
-            await anyio.sleep(LOAD_EVERY_S)
+            await anyio.sleep(self.load_every_s)
 
     def _marks(self) -> tuple[Any, ...]:
         """What changes when something moves."""

@@ -17,6 +17,7 @@ from asyncrl.rollout.contract import Contract
 from asyncrl.rollout.evaluation import Evaluator
 from asyncrl.rollout.evaluations import Evaluated, EvaluationFn, Evaluations
 from asyncrl.rollout.scheduler import PolicyFactory
+from asyncrl.storage.timeline import Timeline
 from asyncrl.types import EvaluatedRun
 
 CONCURRENCY_ALONE = 64
@@ -34,6 +35,7 @@ def make_evaluator(
     function: Any,
     context: PolicyContext,
     on_run: Callable[[EvaluatedRun], None] = lambda run: None,
+    timeline: Timeline | None = None,
 ) -> Evaluator:
     """The evaluator of a run, or of a finished model; `on_run` hears of each rollout that gave a reward."""
     if config.evaluation.temperature is not None:
@@ -46,6 +48,7 @@ def make_evaluator(
         settings=config.rollout,
         seed=config.seed,
         on_run=on_run,
+        timeline=timeline,
     )
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from asyncrl.metrics.lag import LagMeter
 from asyncrl.rollout.adaptive import StepFacts
 from asyncrl.rollout.batch import Batch
+from asyncrl.rollout.concurrency import SLACK
 from asyncrl.rollout.counts import Counts
 from asyncrl.rollout.held import REASONS, Reason, between
 from asyncrl.types import Load, StepResult, spread
@@ -29,7 +30,7 @@ Gauges = Mapping[str, Any]
 
 PARTS = ("wait_s", "train_s", "publish_wait_s", "checkpoint_s")
 """What a step is made of."""
-MEANS = ("sampler_running", "sampler_waiting", "kv_use", "eval_in_flight")
+MEANS = ("sampler_running", "sampler_waiting", "sampler_full", "kv_use", "eval_in_flight")
 """Gauges whose mean over the step is recorded, where the sampler was asked meanwhile."""
 
 
@@ -112,6 +113,7 @@ class StepAccount:
             "eval_in_flight": engine.scheduler.guests.in_use,
             "sampler_running": load.running,
             "sampler_waiting": load.waiting,
+            "sampler_full": float(load.waiting > SLACK * load.running),
             "kv_use": load.kv_use if load.kv_use is not None else 0.0,
             "tokens_generated": load.generated_tokens,
             "rollouts_finished": engine.scheduler.finished_rollouts,

@@ -82,7 +82,7 @@ class TrainingRun:
             rollouts = self._rollout_log()
             stack.callback(rollouts.close)
             engine = self._engine(stack, function, rows, sampler, trainer, context, sinks, rollouts)
-            evaluator = make_evaluator(config, self.facts, function, context, rollouts.write_evaluated)
+            evaluator = make_evaluator(config, self.facts, function, context, rollouts.write_evaluated, engine.timeline)
             evaluations = await stack.enter_async_context(
                 beside(engine, measure, evaluator, config=config, sinks=sinks, live=self.live)
             )
@@ -231,6 +231,7 @@ class TrainingRun:
             life=life.number,
             say=self.live.note,
             last=life.checkpoint,
+            timeline=engine.timeline,
         )
 
     async def _flush(self, engine: Engine) -> None:

@@ -139,6 +139,7 @@ def live(
 @settings(max_examples=60, deadline=None)
 @given(
     staleness=st.integers(0, 3),
+    least=st.none() | st.integers(0, 3),
     policy=st.sampled_from(["wait", "pace"]),
     batch=st.integers(1, 4),
     chunks=st.integers(1, 2),
@@ -151,6 +152,7 @@ def live(
 )
 def test_every_prompt_is_trained_once_whenever_the_process_ends(
     staleness: int,
+    least: int | None,
     policy: str,
     batch: int,
     chunks: int,
@@ -162,7 +164,8 @@ def test_every_prompt_is_trained_once_whenever_the_process_ends(
     most: int | None,
 ) -> None:
     rows = 23
-    interval = min(interval, staleness + 1)
+    least = None if least is None else min(least, staleness)
+    interval = min(interval, (staleness if least is None else least) + 1)
     config = Config(
         model="none",
         seed=seed,
@@ -172,7 +175,7 @@ def test_every_prompt_is_trained_once_whenever_the_process_ends(
         on_filtered=filtered,
         max_steps=most,
         data={"epochs": epochs},
-        staleness={"policy": policy, "max_staleness": staleness},
+        staleness={"policy": policy, "max_staleness": staleness, "min_staleness": least},
         publish={"weight_sync_interval": interval},
         concurrency={"min_window": 8, "max_window": 8},
     )

@@ -12,7 +12,9 @@ from asyncrl.errors import ConfigError
 from asyncrl.storage.folder import RunFolder
 
 
-def evaluate(target: str, dataset: str | None, samples: int | None, overrides: Sequence[str]) -> int:
+def evaluate(
+    target: str, dataset: str | None, samples: int | None, overrides: Sequence[str], *, quiet: bool = False
+) -> int:
     """Print the mean reward and, of several rollouts of a row, pass@k, with their intervals; returns the exit code.
 
     A run folder is evaluated with its final model, a config file with the model that it names.
@@ -30,7 +32,8 @@ def evaluate(target: str, dataset: str | None, samples: int | None, overrides: S
     rollout = load_rollout(config.rollout_fn, path.parent)
     from asyncrl.run import evaluate as measure
 
-    print(f"model: {config.model}\nrows: {rows}", flush=True)
+    if not quiet:
+        print(f"model: {config.model}\nrows: {rows}", flush=True)
     result = measure(rollout, dataset=rows, config=config)
     failed = f", {result.failed} more failed" if result.failed else ""
     print(f"mean reward {result.reward} (95%, {result.n} rollouts{failed})")

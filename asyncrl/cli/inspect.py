@@ -20,7 +20,7 @@ from rich.text import Text
 from asyncrl.errors import ConfigError
 from asyncrl.metrics.jsonl import encode
 from asyncrl.storage.folder import RunFolder, existing_run
-from asyncrl.storage.logged import Rollout, read_rollouts, timed_stretches, turns_of
+from asyncrl.storage.logged import Rollout, read_rollouts, timed_stretches, tool_calls, turns_of
 from asyncrl.terminal import visible
 
 STYLES = {"system": "magenta", "user": "cyan", "tool": "yellow", "policy": "bold green", "context": "bright_black"}
@@ -146,21 +146,16 @@ def _about(stretch: Mapping[str, Any], seconds: float | None) -> str:
 
 def _calls(info: Mapping[str, Any]) -> Iterator[Text]:
     """The tool calls of a chat, one line each: what was called, what came back, how long it took."""
-    messages = [message for message in info.get("messages") or () if isinstance(message, dict)]
-    results = {message.get("tool_call_id"): message.get("content") for message in messages}
-    times = iter(info.get("tool_seconds") or ())
-    for call in (call for message in messages for call in message.get("tool_calls") or ()):
-        function, result = call["function"], results.get(call["id"])
+    for call in tool_calls(info):
         line = Text.assemble(
-            (" " * GUTTER + "→ ", STYLES["tool"]), f"{_visible(str(function['name']))} {_brief(function['arguments'])}"
+            (" " * GUTTER + "→ ", STYLES["tool"]), f"{_visible(str(call.name))} {_brief(call.arguments)}"
         )
-        if result is None:
+        if call.result is None:
             line.append("   not run", "bright_black")
         else:
-            failed = str(result).startswith("Error")
-            line.append(f"   {_brief(result)}", "red" if failed else "default")
-            if (seconds := next(times, None)) is not None:
-                line.append(f"   {seconds:.2f} s", "bright_black")
+            line.append(f"   {_brief(call.result)}", "red" if call.failed else "default")
+            if call.seconds is not None:
+                line.append(f"   {call.seconds:.2f} s", "bright_black")
         yield line
 
 

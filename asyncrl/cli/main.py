@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
+from asyncrl.cli import tune_options
 from asyncrl.errors import AsyncRLError, ConfigError, StallError, UserError
 from asyncrl.exits import FAILED, NO_READER, STALLED, USER_ERROR, stopped_by
 
@@ -104,31 +105,38 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", metavar="CONFIG.toml")
     _resume_argument(train)
+    _quiet_argument(train)
     resume = command(
         "resume", "Go on with a run that ended early.", True, "asyncrl resume RUN[:WHICH] [--field VALUE ...]"
     )
     resume.add_argument("target", metavar="RUN[:WHICH]", help="run folder; WHICH is a checkpoint, such as step-000012")
+    _quiet_argument(resume)
     for name, about in RECIPES.items():
         usage = f"asyncrl {name} CONFIG.toml [--resume [WHICH]] [--field VALUE ...]"
         recipe = command(name, about, True, usage, page="supervised")
         recipe.add_argument("config", metavar="CONFIG.toml")
         _resume_argument(recipe)
+        _quiet_argument(recipe)
     demo = command("demo", "Train a tiny tool-using agent on this machine, start to end.")
     demo.add_argument("--sampler", choices=("auto", "transformers", "vllm"), default="auto")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--lora", action="store_true", help="train an adapter instead of the full model")
     demo.add_argument("--steps", type=int, help="optimizer steps")
     demo.add_argument("--out", metavar="DIR", help="run folder (default: runs/<time>)")
+    _quiet_argument(demo)
     evaluate = command("eval", "Measure the mean reward on a dataset.", True)
     evaluate.add_argument("target", metavar="RUN_FOLDER|CONFIG.toml")
     evaluate.add_argument("--dataset", metavar="FILE", help="rows (default: evaluation.dataset, or else dataset)")
     evaluate.add_argument("--samples", type=int, metavar="N", help="rollouts of each row (default: evaluation.samples)")
+    _quiet_argument(evaluate)
     _inspect_arguments(command("inspect", "Look at the rollouts of a run, newest first."))
     audit = command("audit", "Prove that every prompt of a run is accounted for, or say what is off.")
     audit.add_argument("runs", metavar="RUN", nargs="+", help="run folder, such as runs/<time>; it may be going on")
     audit.add_argument("--row", type=int, metavar="N", help="show the history of this dataset row instead")
     _replay_arguments(command("replay", "Train again from what a run recorded, to the same weights."))
+    _report_arguments(command("report", "Show what runs did, as one HTML page that opens without a network."))
     _trace_arguments(command("trace", "Write the timeline of a run as a file for trace viewers (Perfetto)."))
+    tune_options.add_arguments(command("tune", tune_options.ABOUT, True, tune_options.USAGE))
     promote = command("promote", "Write the model of a run, for transformers, peft and vLLM.")
     promote.add_argument("which", metavar="RUN[:step-000012]", help="or an exported adapter, to merge it")
     promote.add_argument("--out", metavar="DIR", required=True, help="a folder that does not exist yet")
@@ -148,6 +156,10 @@ def _resume_argument(parser: argparse.ArgumentParser) -> None:
         help="a run folder, RUN:step-000012, or step-000012 of the config's run folder (default: its newest, "
         "or its start where there is none yet)",
     )
+
+
+def _quiet_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -174,6 +186,16 @@ def _replay_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=_positive, metavar="STEP", help="last step (default: the last that is recorded)")
     parser.add_argument("--step", type=_positive, metavar="STEP", help="train nothing: show what this step was given")
     parser.add_argument("--out", metavar="DIR", help="write the model; a folder that does not exist yet")
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder, such as runs/<time>; it may be going on")
+    parser.add_argument("--join-seeds", action="store_true", help="show runs that differ in their seed alone as one")
+    parser.add_argument("--open", action="store_true", help="open it in a browser")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--out", metavar="FILE", help="default: RUN/report.html; of several runs, report.html here")
+    how.add_argument("--live", action="store_true", help="serve it to this machine, and follow the run until Ctrl-C")
+    parser.add_argument("--port", type=_positive, default=0, metavar="N", help="of --live (default: a free one)")
 
 
 def _trace_arguments(parser: argparse.ArgumentParser) -> None:
@@ -214,7 +236,7 @@ def _positive(text: str) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from asyncrl.cli.train import train
 
-    return train(arguments.config, arguments.rest, arguments.resume)
+    return train(arguments.config, arguments.rest, arguments.resume, quiet=arguments.quiet)
 
 
 def _resume(arguments: argparse.Namespace) -> int:
@@ -222,14 +244,14 @@ def _resume(arguments: argparse.Namespace) -> int:
     from asyncrl.cli.train import resume
 
     if (found := recipe_run(arguments.target)) is not None:
-        return found.resume(arguments.rest)
-    return resume(arguments.target, arguments.rest)
+        return found.resume(arguments.rest, quiet=arguments.quiet)
+    return resume(arguments.target, arguments.rest, quiet=arguments.quiet)
 
 
 def _recipe(arguments: argparse.Namespace) -> int:
     from asyncrl.cli.recipes import run_recipe
 
-    return run_recipe(arguments.command, arguments.config, arguments.rest, arguments.resume)
+    return run_recipe(arguments.command, arguments.config, arguments.rest, arguments.resume, quiet=arguments.quiet)
 
 
 def _promote(arguments: argparse.Namespace) -> int:
@@ -243,6 +265,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     argv = ["--sampler", arguments.sampler, "--seed", str(arguments.seed)]
     argv += ["--lora"] if arguments.lora else []
+    argv += ["--quiet"] if arguments.quiet else []
     argv += ["--steps", str(arguments.steps)] if arguments.steps is not None else []
     argv += ["--out", arguments.out] if arguments.out else []
     return int(run_demo(argv) or 0)
@@ -251,7 +274,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     from asyncrl.cli.evaluate import evaluate
 
-    return evaluate(arguments.target, arguments.dataset, arguments.samples, arguments.rest)
+    return evaluate(arguments.target, arguments.dataset, arguments.samples, arguments.rest, quiet=arguments.quiet)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -276,12 +299,27 @@ def _audit(arguments: argparse.Namespace) -> int:
     return audit_runs(arguments.runs, arguments.row)
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from asyncrl.cli.report import report_runs, serve_report
+
+    seeds, show = arguments.join_seeds, arguments.open
+    if arguments.live:
+        return serve_report(arguments.runs, join_seeds=seeds, show=show, port=arguments.port)
+    return report_runs(arguments.runs, arguments.out, join_seeds=seeds, show=show)
+
+
 def _trace(arguments: argparse.Namespace) -> int:
     from asyncrl.cli.trace import trace_run
 
     if arguments.step is not None and not (arguments.start is None and arguments.end is None):
         raise ConfigError("--step says which part to draw, and so do --from and --to: give one of them.")
     return trace_run(arguments.folder, arguments.start, arguments.end, arguments.step, arguments.out)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from asyncrl.cli.tune import tune
+
+    return tune(arguments)
 
 
 def _replay(arguments: argparse.Namespace) -> int:
@@ -313,8 +351,10 @@ _RUN = {
     "eval": _eval,
     "inspect": _inspect,
     "audit": _audit,
+    "tune": _tune,
     "promote": _promote,
     "replay": _replay,
+    "report": _report,
     "trace": _trace,
     "doctor": _doctor,
     "version": _version,

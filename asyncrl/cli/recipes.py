@@ -16,10 +16,13 @@ from asyncrl.recipes.settings import SupervisedConfig
 LOOPS: Mapping[str, ModuleType] = {"sft": sft_loop, "dpo": dpo_loop, "orpo": orpo_loop}
 
 
-def run_recipe(name: str, config_file: str | Path, overrides: Sequence[str], resume: str | None = None) -> int:
+def run_recipe(
+    name: str, config_file: str | Path, overrides: Sequence[str], resume: str | None = None, *, quiet: bool = False
+) -> int:
     """Train, and return the exit code. What can be wrong with files is said before torch is loaded."""
     loop = LOOPS[name]
-    loop.main(_checked(read_config(loop.Config, config_file, overrides)), resume=resume or False)
+    config = _checked(read_config(loop.Config, config_file, overrides))
+    loop.main(config, resume=resume or False, view="quiet" if quiet else "auto")
     return 0
 
 
@@ -32,10 +35,10 @@ class RecipeRun:
     which: str
     """Name of a checkpoint, or `latest`."""
 
-    def resume(self, overrides: Sequence[str]) -> int:
+    def resume(self, overrides: Sequence[str], *, quiet: bool = False) -> int:
         """Go on with it, where it is now and by the settings in it. The exit code."""
         here = [*overrides, "--log_path", str(self.folder)]
-        return run_recipe(self.recipe, self.folder / "config.toml", here, self.which)
+        return run_recipe(self.recipe, self.folder / "config.toml", here, self.which, quiet=quiet)
 
 
 def recipe_run(target: str) -> RecipeRun | None:

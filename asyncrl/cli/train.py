@@ -12,12 +12,12 @@ from asyncrl.errors import ConfigError
 from asyncrl.storage.folder import RunFolder
 
 
-def train(config_file: str, overrides: Sequence[str], resume: str | None = None) -> int:
+def train(config_file: str, overrides: Sequence[str], resume: str | None = None, *, quiet: bool = False) -> int:
     """Train, and return the exit code. What can be wrong with files is said before torch is loaded."""
-    return _start(load_config(config_file, overrides), Path(config_file).parent, resume)
+    return _start(load_config(config_file, overrides), Path(config_file).parent, resume, quiet=quiet)
 
 
-def resume(target: str, overrides: Sequence[str]) -> int:
+def resume(target: str, overrides: Sequence[str], *, quiet: bool = False) -> int:
     """Go on with the run in a folder, by the settings in it, and return the exit code."""
     run, colon, name = (target, "", "") if Path(target).is_dir() else target.rpartition(":")
     folder = RunFolder(Path(run))
@@ -30,17 +30,17 @@ def resume(target: str, overrides: Sequence[str]) -> int:
                 f"{folder.config} has no {setting}: this run was started from Python. Go on with it there, by "
                 f"resume=True and run_dir={run!r}; or name it here: --{setting} ..."
             )
-    return _start(config, Path.cwd(), name if colon else "latest")
+    return _start(config, Path.cwd(), name if colon else "latest", quiet=quiet)
 
 
-def _start(config: Config, folder: Path, resume: str | None) -> int:
+def _start(config: Config, folder: Path, resume: str | None, *, quiet: bool) -> int:
     dataset = require_dataset(config.dataset)
     if config.evaluation.dataset is not None:
         require_dataset(config.evaluation.dataset, "evaluation.dataset")
     rollout = load_rollout(config.rollout_fn, folder)
     from asyncrl.run import train as start
 
-    start(rollout, dataset=dataset, config=config, resume=resume or False)
+    start(rollout, dataset=dataset, config=config, resume=resume or False, view="quiet" if quiet else "auto")
     return 0
 
 

@@ -27,6 +27,7 @@ from asyncrl.config import (
 from asyncrl.demo.model import WARM_STEPS, make_model
 from asyncrl.demo.task import problems, rollout
 from asyncrl.errors import ConfigError
+from asyncrl.metrics.live import Mode
 from asyncrl.storage.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = RunFolder(Path(options.out or f"runs/demo-{datetime.now(UTC):%Y%m%d-%H%M%S}").absolute())
     if found := folder.holds():  # better said before the warm start than by `train` after it
         raise ConfigError(f"--out: {folder.root} already holds a run ({', '.join(found)}). Choose a new folder.")
-    model = make_model(folder.root, seed=options.seed, steps=options.warm_steps)
+    view: Mode = "quiet" if options.quiet else "auto"
+    model = make_model(folder.root, seed=options.seed, steps=options.warm_steps, quiet=options.quiet)
     result = asyncrl.train(
         rollout,
         dataset=demo_rows(options.seed, options.train_rows, held_out=False),
@@ -53,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model, folder.root, seed=options.seed, steps=options.steps, lora=options.lora, sampler=options.sampler
         ),
         evaluation=demo_rows(options.seed, options.held_out_rows, held_out=True),
+        view=view,
     )
     _conclude(folder, result, time.monotonic() - began)
     return 0
@@ -86,6 +89,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sampler", choices=("auto", "transformers", "vllm"), default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lora", action="store_true", help="train an adapter instead of the full model")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--out", metavar="DIR", help="run folder (default: runs/demo-<time>)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps (default: {STEPS})")
     for name, default in (("--warm-steps", WARM_STEPS), ("--train-rows", 20_000), ("--held-out-rows", 256)):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from asyncrl.demo.demonstrations import demonstration
 from asyncrl.demo.task import calculator, problems
 from asyncrl.recipes import sft_loop
+from asyncrl.recipes.view import Mode
 from asyncrl.testing.models import tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def demo_tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer(words=WORDS, chat_template=CHAT_TEMPLATE)
 
 
-def make_model(folder: Path, *, seed: int, steps: int = WARM_STEPS) -> Path:
+def make_model(folder: Path, *, seed: int, steps: int = WARM_STEPS, quiet: bool = False) -> Path:
     """Write the model that the demo starts from to `folder` / "start-model", and return that folder.
 
     First it learns the task well, then from the clumsy agent. Learning to copy numbers takes a transformer of this
@@ -74,7 +75,8 @@ def make_model(folder: Path, *, seed: int, steps: int = WARM_STEPS) -> Path:
         seed=seed,
     )
     with torch_threads(1):  # so small a model gains little from a second one, and loses much on a busy machine
-        result = sft_loop.main(config, lessons(seed, steps), view="bar", title="making a clumsy agent")
+        view: Mode = "quiet" if quiet else "bar"
+        result = sft_loop.main(config, lessons(seed, steps), view=view, title="making a clumsy agent")
     result.model_dir.rename(start)
     shutil.rmtree(warm_start)
     shutil.rmtree(blank)

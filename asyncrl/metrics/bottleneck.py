@@ -1,9 +1,9 @@
 """What binds: the one thing whose change would speed the run up, from what its steps recorded. Pure.
 
 Whatever the trainer does not spend on training is lost, so the largest loss is looked at: hot-loads, checkpoints, or
-waiting for rollouts. Rollouts are late for one of three reasons. Their work is thrown away or is not training's own
-(filtered, failed, evaluations); or it goes on as fast as the sampler can (more at once would only wait longer); or
-more at once would help, and the window or the staleness bound holds them back.
+waiting for rollouts. Rollouts are late because their work is thrown away or is not training's own (failed, filtered,
+evaluations), because the sampler gives no more (more at once would only wait longer), or because the window or the
+staleness bound holds them back.
 
 tests/metrics/test_bottleneck.py follows the advice in simulated runs: it must pay, and other advice must not.
 """
@@ -34,19 +34,23 @@ Kind = Literal[
     "balanced",
 ]
 
-WORTH = 0.15
+WORTH = 0.2
 """Share of the time from which a loss is worth a change; below it the trainer is what binds."""
 HALF = 0.5
-EVALUATING = 0.25
+FAILING = 0.2
+"""Share of the attempts. Those that failed pause before they are made again, so fewer cost more than their work."""
+FILTERED = 0.65
+"""Share of the groups. Fewer cost no more than a larger staleness bound or window brings."""
+EVALUATING = 0.4
 """Share of the rollouts under way."""
-QUEUED = 0.1
-"""Requests that wait for room in the sampler, for each that it decodes. Less only keeps it fed."""
 KV_FULL = 0.9
 UNEVEN = 1.5
-"""`replica_spread`, where the same replica is the busiest `MOSTLY`: chance makes another one the busiest each time."""
-MOSTLY = 0.8
-MOST_STALENESS = 16
-"""A bound above it is no advice: the objective would suffer, whatever it gained."""
+"""`replica_spread`, where the same replica is the busiest `MOSTLY`: by chance it is another one each time."""
+MOSTLY = 0.75
+DOWN = 0.75
+"""Fewer of the replicas that there were are up."""
+MOST_STALENESS = 8
+"""A bound above it is no advice: docs/staleness.md says what it costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,7 @@ class Bottleneck:
     advice: str
 
     def __str__(self) -> str:
-        return f"{self.sentence} {self.advice}"
+        return f"{self.sentence} {self.advice}".strip()
 
 
 def where_time_went(account: Account) -> str:
@@ -74,12 +78,11 @@ def bottleneck(account: Account) -> Bottleneck | None:
     shares = account.shares()
     if shares is None:
         return None
-    if (blocked := account.share("loop_blocked_s")) >= 2 * WORTH:
-        return _loop(blocked)
-    unpublished = account.share("wait_unpublished_s")
+    if account.share("loop_blocked_s") >= WORTH:
+        return _loop(account)
     losses: dict[Callable[[Account], Bottleneck], float] = {
-        _rollouts: shares.waiting - unpublished,
-        _publish: shares.publishing + unpublished,
+        _rollouts: shares.waiting,
+        _publish: shares.publishing,
         _checkpoint: shares.saving,
     }
     explain, largest = max(losses.items(), key=lambda loss: loss[1])
@@ -88,10 +91,11 @@ def bottleneck(account: Account) -> Bottleneck | None:
     return _trainer(account) if shares.training >= HALF else _balanced()
 
 
-def _loop(blocked: float) -> Bottleneck:
+def _loop(account: Account) -> Bottleneck:
     return Bottleneck(
         "loop",
-        f"The event loop was blocked {blocked:.0%} of the time, and every rollout and request stood still meanwhile.",
+        f"The event loop was blocked {account.share('loop_blocked_s'):.0%} of the time, and every rollout and request "
+        "stood still meanwhile.",
         "The log names the line that blocks: make it async, or put it into asyncrl.offload.",
     )
 
@@ -99,31 +103,21 @@ def _loop(blocked: float) -> Bottleneck:
 def _trainer(account: Account) -> Bottleneck:
     return Bottleneck(
         "trainer",
-        f"The trainer was busy {account.share('train_s'):.0%} of the time and rollouts hide behind it, which is where a "
-        "run should be.",
+        f"The trainer was busy {account.share('train_s'):.0%} of the time and rollouts hide behind it, which is where "
+        "a run should be.",
         "A faster device, lora.rank or a larger trainer.max_tokens_per_microbatch would speed it up.",
     )
 
 
 def _balanced() -> Bottleneck:
-    return Bottleneck("balanced", "No part dominates: rollouts and training are in balance.", "Nothing to change.")
+    return Bottleneck("balanced", "No part dominates: rollouts and training are in balance.", "")
 
 
 def _publish(account: Account) -> Bottleneck:
-    shares = account.shares()
-    unpublished = account.share("wait_unpublished_s")
-    lost = account.share("publish_wait_s") + unpublished
-    if unpublished > lost / 2:
-        return Bottleneck(
-            "publish",
-            f"The trainer waited {lost:.0%} of the time for weights to come into the sampler: rollouts might not begin "
-            "before.",
-            "Raise staleness.max_staleness, so that they go on meanwhile, or train an adapter (lora.rank), which is "
-            "loaded without a pause.",
-        )
     return Bottleneck(
         "publish",
-        f"Hot-loads take longer than the steps between them: the trainer waited {lost:.0%} of the time for them.",
+        f"Hot-loads take longer than the steps between them: the trainer waited {account.share('publish_wait_s'):.0%} "
+        "of the time for them.",
         "Raise publish.weight_sync_interval, or train an adapter (lora.rank), which is loaded without a pause.",
     )
 
@@ -132,7 +126,7 @@ def _checkpoint(account: Account) -> Bottleneck:
     return Bottleneck(
         "checkpoint",
         f"Training stood still for checkpoints {account.share('checkpoint_s'):.0%} of the time.",
-        "Raise checkpoint.interval.",
+        "Raise checkpoint.interval, or leave it out: then they take 1%.",
     )
 
 
@@ -141,10 +135,10 @@ def _checkpoint(account: Account) -> Bottleneck:
 
 def _rollouts(account: Account) -> Bottleneck:
     late = f"The trainer waited {account.share('wait_s'):.0%} of the time for rollouts: "
-    for look in (_no_data, _wasted, _evaluating, _uneven, _saturated, _held):
+    for look in (_no_data, _failing, _uneven, _filtered, _evaluating, _full, _unpublished, _no_slots, _tools):
         if found := look(account, late):
             return found
-    raise AssertionError("something always holds rollouts back")
+    return _too_fresh(account, late)
 
 
 def _no_data(account: Account, late: str) -> Bottleneck | None:
@@ -153,103 +147,156 @@ def _no_data(account: Account, late: str) -> Bottleneck | None:
     return Bottleneck(
         "data",
         f"{late}nothing was left to begin, and the last ones were waited for.",
-        "A longer run (data.epochs, more rows, max_steps) spends a smaller part of its time on its end.",
+        "A longer run (more rows, data.epochs, max_steps) spends a smaller part of its time on its end.",
     )
 
 
-def _wasted(account: Account, late: str) -> Bottleneck | None:
-    """Most of the rollouts taught nothing."""
-    retried, finished = account.sum("members_retried"), account.sum("rollouts_finished")
-    if retried > HALF * (retried + finished):
+def _failing(account: Account, late: str) -> Bottleneck | None:
+    again, ended = account.sum("members_retried"), account.sum("rollouts_finished")
+    if again <= FAILING * (again + ended):
+        return None
+    return Bottleneck(
+        "failures",
+        f"{late}{again:,.0f} of {again + ended:,.0f} attempts failed and were made again.",
+        "The log has their errors. One that needs longer than rollout.timeout_s fails each time.",
+    )
+
+
+def _uneven(account: Account, late: str) -> Bottleneck | None:
+    up, most = account.mean("replicas_up"), account.most("replicas_up")
+    if up < DOWN * most:
         return Bottleneck(
-            "failures",
-            f"{late}{retried:,.0f} of {retried + finished:,.0f} attempts failed and were made again.",
-            "The log has their errors; a rollout that needs longer than rollout.timeout_s fails each time.",
+            "replicas",
+            f"{late}of {most:.0f} vLLM replicas {up:.1f} were up on the mean.",
+            "The log says why the others were lost.",
         )
+    spread, (number, share) = account.mean("replica_spread"), account.busiest_replica()
+    if spread < UNEVEN or share < MOSTLY:
+        return None
+    return Bottleneck(
+        "replicas",
+        f"{late}replica {number} had {spread:.1f} times as many requests as the mean one.",
+        "It is slower than the others: look at its log, at its GPU, and at what else runs there.",
+    )
+
+
+def _filtered(account: Account, late: str) -> Bottleneck | None:
     filtered, trained = account.sum("groups_filtered"), account.sum("groups_trained")
-    if filtered > HALF * (filtered + trained):
-        return Bottleneck(
-            "filter",
-            f"{late}{filtered:,.0f} of {filtered + trained:,.0f} groups had equal rewards and were thrown away.",
-            "Use prompts that the model solves sometimes, a finer reward, or a larger completions_per_prompt.",
-        )
-    return None
+    if filtered <= FILTERED * (filtered + trained):
+        return None
+    return Bottleneck(
+        "filter",
+        f"{late}{filtered:,.0f} of {filtered + trained:,.0f} groups had equal rewards and were thrown away.",
+        "Use prompts that the model solves sometimes, a finer reward, or a larger completions_per_prompt.",
+    )
 
 
 def _evaluating(account: Account, late: str) -> Bottleneck | None:
     """An evaluation has slots, or room in the sampler, that training needs."""
     evaluating, training = account.mean("eval_in_flight"), account.share("rollout_s")
     share = evaluating / (evaluating + training) if evaluating else 0.0
-    if share < EVALUATING or not (_queues(account) or _by_slots(account)):
+    if share < EVALUATING or not (_sampler_is_full(account) or _window_is_full(account)):
         return None
     return Bottleneck(
         "evaluation",
-        f"{late}{share:.0%} of the rollouts under way were those of evaluations.",
+        f"{late}{share:.0%} of those under way were of evaluations.",
         "Raise evaluation.interval, or lower evaluation.concurrency or evaluation.samples.",
     )
 
 
-def _uneven(account: Account, late: str) -> Bottleneck | None:
-    up, most, spread = account.mean("replicas_up"), account.most("replicas_up"), account.mean("replica_spread")
-    if up and up < (1 - EVALUATING) * most:
-        return Bottleneck(
-            "replicas",
-            f"{late}{up:.1f} of {most:.0f} vLLM replicas were up on the mean.",
-            "The log says why they were lost.",
-        )
-    number, share = account.busiest_replica()
-    if spread < UNEVEN or share < MOSTLY:
+def _full(account: Account, late: str) -> Bottleneck | None:
+    """More rollouts at once would wait in the sampler instead of outside it."""
+    if not _sampler_is_full(account):
         return None
-    return Bottleneck(
-        "replicas",
-        f"{late}replica {number} had {spread:.1f} times the requests of the mean one, and the others had room.",
-        "It is slower than they are: look at its log, its GPU, and what else runs there.",
-    )
-
-
-def _saturated(account: Account, late: str) -> Bottleneck | None:
-    waiting, running, kv = (account.mean(name) for name in ("sampler_waiting", "sampler_running", "kv_use"))
-    if not _queues(account) and not (_by_slots(account) and account.mean("window_congested") > HALF):
-        return None
+    running, waiting, kv = (account.mean(name) for name in ("sampler_running", "sampler_waiting", "kv_use"))
+    said = f"the sampler is full, with {running:,.0f} requests running and {waiting:,.0f} waiting."
     if kv > KV_FULL:
-        said = f"the sampler's KV cache was {kv:.0%} full."
-    elif waiting >= 1:
-        said = f"the sampler was full, with {running:,.0f} requests running and {waiting:,.0f} waiting."
-    else:
-        said = f"a window of {account.mean('window'):,.0f} rollouts is what the sampler bears."
+        said = f"the sampler is full, with {kv:.0%} of its KV cache in use."
     if account.knows("replicas_up"):
-        advice = "Add sampler.replicas, give it more memory (sampler.gpu_memory_utilization), or lower"
-    else:
-        advice = "Raise sampler.max_running, if the device has room, or lower"
-    return Bottleneck("sampler", late + said, f"{advice} sampling.max_tokens.")
-
-
-def _held(account: Account, late: str) -> Bottleneck | None:
-    outside = 1 - account.sum("model_s") / account.sum("rollout_s") if account.sum("rollout_s") else 0.0
-    wanted = 1 / max(1 - account.share("wait_s"), 0.01)
-    slow = f" {outside:.0%} of a rollout's time was outside of the model (tools, rewards)." if outside > HALF else ""
-    if _by_slots(account):
-        window = account.mean("window")
         return Bottleneck(
-            "slots",
-            f"{late}all {window:,.0f} slots were taken, and the sampler had room.{slow}",
-            "Raise concurrency.max_window.",
+            "sampler",
+            late + said,
+            "Add sampler.replicas, give it more memory (sampler.gpu_memory_utilization), or lower sampling.max_tokens. "
+            "More concurrency or staleness would gain nothing.",
         )
-    bound = account.most("staleness_max")
-    needed = math.ceil((bound + 1) * wanted) - 1
-    if slow and needed > MOST_STALENESS:
-        return Bottleneck("tools", f"{late}{slow.strip()}", "Make the tools faster.")
     return Bottleneck(
-        "staleness",
-        f"{late}the staleness budget was used up while rollouts were running.{slow}",
-        "Raise staleness.max_staleness.",
+        "sampler",
+        late + said,
+        "Raise sampler.max_running if the device has room, or lower sampling.max_tokens. More concurrency or staleness "
+        "would gain nothing.",
     )
 
 
-def _by_slots(account: Account) -> bool:
-    return account.sum("wait_slots_s") >= account.sum("wait_budget_s")
+def _unpublished(account: Account, late: str) -> Bottleneck | None:
+    if account.share("wait_unpublished_s") < HALF:
+        return None
+    return Bottleneck(
+        "publish",
+        f"{late}for {account.share('wait_unpublished_s'):.0%} they might not begin because new weights were on their "
+        "way into the sampler.",
+        "Train an adapter (lora.rank), which is loaded faster, or raise staleness.max_staleness, so that rollouts go "
+        "on meanwhile.",
+    )
 
 
-def _queues(account: Account) -> bool:
-    waiting, running = account.mean("sampler_waiting"), account.mean("sampler_running")
-    return waiting > QUEUED * running or account.mean("kv_use") > KV_FULL
+def _no_slots(account: Account, late: str) -> Bottleneck | None:
+    if not _window_is_full(account):
+        return None
+    return Bottleneck(
+        "slots",
+        f"{late}all {account.mean('window'):,.0f} slots of the window were taken, and the sampler had room."
+        f"{_outside_said(account)}",
+        "Raise concurrency.initial_window, or concurrency.max_window where the window has reached it.",
+    )
+
+
+def _tools(account: Account, late: str) -> Bottleneck | None:
+    """No staleness that anybody wants would hide them."""
+    if _outside(account) <= HALF or _needed_staleness(account) <= MOST_STALENESS:
+        return None
+    return Bottleneck(
+        "tools",
+        f"{late}{_outside(account):.0%} of a rollout's time went by outside of the model, in tools and your own code.",
+        "Make them faster, or more of them run at once; else raise staleness.max_staleness.",
+    )
+
+
+def _too_fresh(account: Account, late: str) -> Bottleneck:
+    if account.sum("wait_straggler_s") > HALF * account.sum("wait_s"):
+        said = "finished groups might not pass an unfinished one without breaking the staleness bound."
+    else:
+        said = "the staleness budget was used up while they were running."
+    needed = _needed_staleness(account)
+    advice = f"Raise staleness.max_staleness ({needed} would hide them, if they get no slower by being more)"
+    if needed > MOST_STALENESS:
+        advice = "Shorten them (sampling.max_tokens, rollout.timeout_s), or raise staleness.max_staleness"
+    return Bottleneck("staleness", f"{late}{said}{_outside_said(account)}", f"{advice}; asyncrl tune shows the trade.")
+
+
+def _window_is_full(account: Account) -> bool:
+    by_staleness = account.sum("wait_budget_s") + account.sum("wait_unpublished_s")
+    return account.sum("wait_slots_s") >= by_staleness
+
+
+def _sampler_is_full(account: Account) -> bool:
+    """Requests wait for it most of the time; or it is what keeps the window from growing."""
+    if account.mean("sampler_full") >= HALF or account.mean("kv_use") > KV_FULL:
+        return _outside(account) < 1 - WORTH
+    return _window_is_full(account) and account.mean("window_congested") >= HALF and _outside(account) < HALF
+
+
+def _outside(account: Account) -> float:
+    """Share of the rollouts' time in which the model was not asked."""
+    rollout_s = account.sum("rollout_s")
+    return max(0.0, 1 - account.sum("model_s") / rollout_s) if rollout_s else 0.0
+
+
+def _outside_said(account: Account) -> str:
+    outside = _outside(account)
+    return f" {outside:.0%} of a rollout's time went by in tools and your own code." if outside > HALF else ""
+
+
+def _needed_staleness(account: Account) -> int:
+    """The bound at which the trainer would not wait, by Little's law, if rollouts get no slower by being more."""
+    pace = max(1 - account.share("wait_s"), 0.01)
+    return math.ceil((account.most("staleness_max") + 1) / pace) - 1

@@ -9,8 +9,7 @@ with LiveView("gsm8k", total_steps=200) as view:
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from rich.console import Console
@@ -18,16 +17,14 @@ from rich.live import Live
 from rich.markup import escape
 
 from asyncrl.metrics.names import StepRecord
-from asyncrl.metrics.panel import Progress, panel, plain_line
+from asyncrl.metrics.panel import panel, plain_line
+from asyncrl.metrics.progress import Progress
 from asyncrl.terminal import visible
 
 Mode = Literal["auto", "live", "plain", "quiet"]
 
 PLAIN_INTERVAL_S = 5.0
 """Shortest time from one plain line to the next: a log of a fast run stays readable."""
-
-RECENT_STEPS = 40
-"""Steps in the sparkline and in the shares of time."""
 
 
 class LiveView:
@@ -49,7 +46,7 @@ class LiveView:
         self._console = console or Console(highlight=False)
         self._mode = ("live" if _can_draw(self._console) else "plain") if mode == "auto" else mode
         self._clock = clock
-        self._progress = Progress(title, total_steps, clock(), deque(maxlen=RECENT_STEPS))
+        self._progress = Progress(title, total_steps, clock())
         self._last_line_at: float | None = None
         self._last_line_step = 0
         self._live: Live | None = None
@@ -84,9 +81,10 @@ class LiveView:
         if self._mode == "plain" and self._last_line_step < self._progress.step:
             self._print_line()
 
-    def gauges(self, values: StepRecord) -> None:
-        """Take what is true now: `in_flight`, `window`, `queue_groups`, ... by the names of docs/metrics.md."""
-        self._progress.gauges = dict(values)
+    def gauges(self, values: Mapping[str, Any]) -> None:
+        """Take what is true now: `in_flight`, `window`, `queue_groups`, ... by the names of docs/metrics.md, and for
+        people `phase`, `window_reason`, `staleness_reason`, and lists with an entry for each replica."""
+        self._progress.observe(dict(values), self._clock())
 
     def evaluated(self, record: StepRecord) -> None:
         """Take what an evaluation found."""

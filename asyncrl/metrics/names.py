@@ -210,6 +210,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("sampler_waiting", "scheduler", "requests", "Requests that wait for room in the sampler.",
            "Above 0 for long: there are more rollouts than it takes. Lower `concurrency.max_window`, raise "
            "`sampler.gpu_memory_utilization`, or add `sampler.replicas`."),
+    Metric("sampler_full", "scheduler", "1", "Share of the step in which requests waited for room in the sampler: more "
+           "than a twentieth of those that it decoded.",
+           "Near 1: the sampler is as fast as it gets, and more concurrency or staleness would gain nothing. Add "
+           "`sampler.replicas`, or lower `sampling.max_tokens`."),
     Metric("replicas_up", "scheduler", "servers", "vLLM replicas that serve; there only where vLLM samples.",
            "Fewer than `sampler.replicas`: one is coming back, and the log says why."),
     Metric("replicas_lost", "scheduler", "servers", "How often a vLLM replica was lost in the life of the process.",

@@ -1,94 +1,37 @@
-"""How the live view looks: numbers in, text out. No clock and no terminal here."""
+"""How the live view looks. No clock and no terminal here.
+
+Each row has its place and one line, and what binds has as many as it may need: the panel keeps its height while a run
+goes on, but for a row of evaluations once there are some. Four times a second it takes the interpreter from the
+rollouts, so it is made of plain lines: rich's tables take ten times as long.
+"""
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.constrain import Constrain
 from rich.panel import Panel
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
-from asyncrl.metrics.report import Account
+from asyncrl.metrics import rows
+from asyncrl.metrics.progress import Progress
 
-BARS = "▁▂▃▄▅▆▇█"
-WIDTH = 100
+WIDTH = 120
 """Widest panel, in columns."""
-
-
-@dataclass(slots=True)
-class Progress:
-    """What the view knows of the run."""
-
-    title: str
-    total_steps: int | None
-    started_at: float
-    recent: deque[Mapping[str, Any]]
-    """The last step records."""
-    gauges: dict[str, Any] = field(default_factory=dict)
-    evaluations: list[Mapping[str, Any]] = field(default_factory=list)
-    step: int = 0
-    worst_staleness: float = 0.0
-    failed: int = 0
-    retried: int = 0
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        self.recent.append(record)
-        self.step = int(record.get("step", self.step + 1))
-        self.worst_staleness = max(self.worst_staleness, _finite(record.get("staleness_max")) or 0.0)
-        self.failed += int(record.get("members_failed", 0))
-        self.retried += int(record.get("members_retried", 0))
-
-    def now(self, name: str) -> float | None:
-        """A gauge, else the same metric of the last step."""
-        value = _finite(self.gauges.get(name))
-        return value if value is not None else self.last(name)
-
-    def last(self, name: str) -> float | None:
-        return _finite(self.recent[-1].get(name)) if self.recent else None
-
-    def history(self, name: str) -> list[float]:
-        values = (_finite(record.get(name)) for record in list(self.recent))
-        return [value for value in values if value is not None]
-
-    def rate(self, name: str) -> float | None:
-        """Mean of a rate over the time of the recent steps: a single step is too noisy to read."""
-        pairs = [(_finite(record.get(name)), _finite(record.get("step_s"))) for record in list(self.recent)]
-        known = [(rate, seconds) for rate, seconds in pairs if rate is not None and seconds]
-        total = sum(seconds for _, seconds in known)
-        return sum(rate * seconds for rate, seconds in known) / total if total > 0 else None
-
-    def remaining_s(self, now: float) -> float | None:
-        """At the pace of the recent steps, less what the running step has already taken."""
-        seconds = self.history("step_s")
-        if self.total_steps is None or not seconds:
-            return None
-        ended = _finite(self.recent[-1].get("time_s"))
-        running = 0.0 if ended is None else max(0.0, now - self.started_at - ended)
-        return max(0.0, (self.total_steps - self.step) * sum(seconds) / len(seconds) - running)
+NAMES = 11
+"""Columns of the rows' names."""
+LONGEST = 235
+"""Characters of what binds, about; they take more lines in a narrow terminal."""
+MOST_LINES = 6
 
 
 def panel(progress: Progress, now: float) -> RenderableType:
-    """The whole view: a headline with a bar, and one row per question."""
-    rows = Table.grid(padding=(0, 2))
-    rows.add_column(style="dim", no_wrap=True)
-    rows.add_column(overflow="fold")
-    rows.add_row("reward", _reward(progress))
-    if progress.evaluations:
-        rows.add_row("held-out", held_out(progress))
-    rows.add_row("staleness", staleness(progress))
-    rows.add_row("rollouts", rollouts(progress))
-    rows.add_row("speed", speed(progress))
-    rows.add_row("time", time_sentence(progress))
+    """The whole view: a headline with a bar, one row per question, and what binds."""
     framed = Panel(
-        Group(_headline(progress, now), Text(), rows),
-        title=Text(progress.title, style="bold"),
+        _Lines(progress, now),
+        title=Text(progress.title, style="bold", overflow="ellipsis", no_wrap=True),
         title_align="left",
         border_style="dim",
         padding=(0, 1),
@@ -98,100 +41,83 @@ def panel(progress: Progress, now: float) -> RenderableType:
 
 def plain_line(progress: Progress, now: float) -> str:
     """One step as one line, for logs."""
-    reward = progress.last("reward_mean")
+    shares, _ = progress.told()
+    under_way = (rows.in_flight(progress), rows.ready(progress), rows.errors(progress))
     parts = [
         _steps(progress),
-        f"reward {_show(reward)}",
-        f"staleness {_show(progress.last('staleness_mean'), 1)} (worst {progress.worst_staleness:.0f})",
-        rollouts(progress),
-        speed(progress),
-        time_sentence(progress),
+        f"reward {rows.shown(progress.last('reward_mean'))}",
+        f"staleness {rows.shown(progress.last('staleness_mean'), 1)} (worst {progress.worst_staleness:.0f})",
+        ", ".join(part for part in under_way if part),
+        f"{rows.rounded(progress.rate('tokens_generated'))} tokens/s, "
+        f"{rows.rounded(progress.rate('samples'))} samples/s",
+        str(shares) if shares is not None else "",
         _clock(progress, now),
     ]
     return " | ".join(part for part in parts if part)
 
 
-def sparkline(values: Sequence[float]) -> str:
-    """One bar per value, from the smallest to the largest; a flat line when they are all equal."""
-    low, high = min(values, default=0.0), max(values, default=0.0)
-    span = high - low
-    if span <= 0:
-        return BARS[3] * len(values)
-    return "".join(BARS[min(len(BARS) - 1, int((value - low) / span * len(BARS)))] for value in values)
+@dataclass(frozen=True, slots=True)
+class _Lines:
+    """The inside of the frame."""
+
+    progress: Progress
+    now: float
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width
+        yield self._headline(width)
+        yield Text()
+        for name, said in _rows(self.progress):
+            yield Text.assemble((f"{name:{NAMES}}", "dim"), said, no_wrap=True, overflow="ellipsis")
+        yield Text()
+        yield from _block(rows.binding(self.progress), console, width)
+
+    def _headline(self, width: int) -> Text:
+        steps, clock = _steps(self.progress), _clock(self.progress, self.now)
+        room = max(1, width - len(steps) - len(clock) - 2)
+        done = " " * room, ""
+        if self.progress.total_steps:
+            full = min(room, room * self.progress.step // self.progress.total_steps)
+            done = "━" * full, "━" * (room - full)
+        return Text.assemble(
+            (steps, "bold"),
+            " ",
+            (done[0], "green"),
+            (done[1], "dim"),
+            " ",
+            (clock, "dim"),
+            no_wrap=True,
+            overflow="crop",
+        )
 
 
-def staleness(progress: Progress) -> str:
-    mean = progress.last("staleness_mean")
-    if mean is None:
-        return "no step yet"
-    oldest = _show(progress.last("staleness_max"), 0)
-    return f"mean {mean:.1f}, max {oldest}, worst so far {progress.worst_staleness:.0f}"
+def _rows(progress: Progress) -> Iterator[tuple[str, str | Text]]:
+    yield "reward", rows.reward(progress)
+    if held_out := rows.held_out(progress):
+        yield "held-out", held_out
+    yield "staleness", rows.staleness(progress)
+    if "staleness_reason" in progress.gauges:
+        yield "bound", str(progress.gauges["staleness_reason"])
+    yield "groups", rows.flow(progress)
+    yield "window", rows.window(progress)
+    yield "sampler", rows.sampler(progress)
+    yield from rows.replicas(progress)
+    yield "trainer", rows.trainer(progress)
+    yield "weights", rows.weights(progress)
+    errors = rows.errors(progress)
+    yield "errors", Text(errors, style="yellow") if errors else Text("none")
+    yield "time", rows.shares(progress)
 
 
-def held_out(progress: Progress) -> str:
-    """The last evaluation with its interval, the best, and what is measured now."""
-    rewarded = [(reward, e) for e in progress.evaluations if (reward := _finite(e.get("eval_reward"))) is not None]
-    parts = []
-    if rewarded:
-        reward, last = rewarded[-1]
-        low, high = _finite(last.get("eval_reward_low")), _finite(last.get("eval_reward_high"))
-        interval = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
-        parts.append(f"{reward:.3f}{interval} at step {last['eval_version']:.0f}")
-        best, when = max(rewarded, key=lambda pair: pair[0])
-        if best > reward:
-            parts.append(f"best {best:.3f} at step {when['eval_version']:.0f}")
-    else:
-        parts.append(f"evaluated at step {progress.evaluations[-1]['eval_version']:.0f}")
-    if (version := _finite(progress.gauges.get("eval_version"))) is not None:
-        parts.append(f"measuring step {version:.0f}: {progress.gauges['eval_done']:.0f} rollouts")
-    return ", ".join(parts)
-
-
-def rollouts(progress: Progress) -> str:
-    in_flight, window, queue = (progress.now(name) for name in ("in_flight", "window", "queue_groups"))
-    parts = []
-    if in_flight is not None:
-        parts.append(f"{in_flight:,.0f} in flight" + (f" of {window:,.0f}" if window is not None else ""))
-    if queue is not None:
-        parts.append(f"{queue:,.0f} {'group' if queue == 1 else 'groups'} ready")
-    if progress.retried:
-        parts.append(f"{progress.retried:,} retried")
-    if progress.failed:
-        parts.append(f"{progress.failed:,} failed")
-    return ", ".join(parts) or "none yet"
-
-
-def speed(progress: Progress) -> str:
-    tokens, samples = progress.rate("tokens_per_s"), progress.rate("samples_per_s")
-    if tokens is None or samples is None:
-        return "no step yet"
-    return f"{_rounded(tokens)} tokens/s, {_rounded(samples)} samples/s"
-
-
-def time_sentence(progress: Progress) -> str:
-    shares = Account(list(progress.recent)).shares()
-    return str(shares) if shares is not None else "waiting for the first batch"
-
-
-def _headline(progress: Progress, now: float) -> RenderableType:
-    line = Table.grid(expand=True, padding=(0, 1))
-    line.add_column(no_wrap=True)
-    line.add_column(ratio=1)
-    line.add_column(no_wrap=True, justify="right")
-    bar: RenderableType = Text()
-    if progress.total_steps:
-        bar = ProgressBar(total=progress.total_steps, completed=progress.step, complete_style="green", style="dim")
-    line.add_row(Text(_steps(progress), style="bold"), bar, Text(_clock(progress, now), style="dim"))
-    return line
-
-
-def _reward(progress: Progress) -> Text:
-    rewards = progress.history("reward_mean")
-    if not rewards:
-        return Text("no step yet")
-    return Text.assemble(
-        (f"{rewards[-1]:.3f} ", "bold green"), (sparkline(rewards), "green"), (f" best {max(rewards):.3f}", "dim")
-    )
+def _block(text: Text, console: Console, width: int) -> Iterator[Text]:
+    """The text over as many lines as the longest would take at this width."""
+    height = min(MOST_LINES, -(-LONGEST // max(1, width - 6)))
+    lines = list(text.wrap(console, width))
+    if len(lines) > height:
+        lines[height - 1].append(" " * width)
+        lines[height - 1].truncate(width, overflow="ellipsis")
+    yield from lines[:height]
+    yield from (Text() for _ in range(height - len(lines)))
 
 
 def _steps(progress: Progress) -> str:
@@ -200,23 +126,5 @@ def _steps(progress: Progress) -> str:
 
 def _clock(progress: Progress, now: float) -> str:
     remaining = progress.remaining_s(now)
-    return duration(now - progress.started_at) + (f", {duration(remaining)} left" if remaining is not None else "")
-
-
-def duration(seconds: float) -> str:
-    """`0:07`, `12:30`, `3:04:05`."""
-    minutes, second = divmod(max(0, int(seconds)), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
-def _rounded(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
-
-
-def _show(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    spent = rows.duration(now - progress.started_at)
+    return spent if remaining is None else f"{spent}, {rows.duration(remaining)} left"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +18,8 @@ _SUMS = (
     *("rollouts_finished", "members_retried", "groups_filtered", "groups_trained", "stale_requeued", "stale_dropped"),
 )
 _MEANS = (
-    *("in_flight_mean", "eval_in_flight", "window", "window_congested", "kv_use", "staleness_max"),
-    *("sampler_running", "sampler_waiting", "replicas_up", "replica_spread"),
+    *("eval_in_flight", "window", "window_congested", "kv_use", "staleness_max", "replicas_up", "replica_spread"),
+    *("sampler_running", "sampler_waiting", "sampler_full"),
 )
 
 
@@ -57,8 +57,8 @@ class Account:
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
         self.steps = 0
         self.seconds = 0.0
-        self._sums: Counter[str] = Counter()
-        self._weights: Counter[str] = Counter()
+        self._sums: dict[str, float] = defaultdict(float)
+        self._weights: dict[str, float] = defaultdict(float)
         self._most: dict[str, float] = {}
         self._busiest: dict[int, float] = defaultdict(float)
         for record in records:
@@ -68,15 +68,15 @@ class Account:
         """Take the record of one more optimizer step."""
         self.steps += 1
         values = {name: _number(record, name) or 0.0 for name in _SUMS}
-        self._sums.update(values)
+        for name, value in values.items():
+            self._sums[name] += value
         step_s = max(_number(record, "step_s") or 0.0, sum(values[name] for name in PARTS))
         self.seconds += step_s
         for name in _MEANS:
-            value = _number(record, name)
-            if value is not None:
-                self._sums[name] += value * step_s
+            if (gauge := _number(record, name)) is not None:
+                self._sums[name] += gauge * step_s
                 self._weights[name] += step_s
-                self._most[name] = max(value, self._most.get(name, value))
+                self._most[name] = max(gauge, self._most.get(name, gauge))
         if (busiest := _number(record, "replica_busiest")) is not None:
             self._busiest[int(busiest)] += step_s
 
@@ -101,8 +101,10 @@ class Account:
 
     def busiest_replica(self) -> tuple[int, float]:
         """Its number from 1, and for which share of the time it was the busiest. Share 0: there are no replicas."""
-        number, seconds = max(self._busiest.items(), key=lambda found: found[1], default=(0, 0.0))
-        return number, seconds / self.seconds if self.seconds > 0 else 0.0
+        if not self._busiest or self.seconds <= 0:
+            return 0, 0.0
+        number = max(self._busiest, key=lambda replica: self._busiest[replica])
+        return number, self._busiest[number] / self.seconds
 
     def knows(self, name: str) -> bool:
         return name in self._most

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,19 +30,20 @@ def open_tracker(
     Raises `ConfigError` when it is not installed, or does not start.
     """
     try:
-        match name:
-            case "wandb":
-                return WandbTracker(folder, settings, where, resumed is not None)
-            case "tensorboard":
-                return TensorBoardTracker(folder, resumed)
-            case "trackio":
-                return TrackioTracker(folder, settings, resumed is not None)
+        with _without_input():
+            match name:
+                case "wandb":
+                    return WandbTracker(folder, settings, where, resumed is not None)
+                case "tensorboard":
+                    return TensorBoardTracker(folder, resumed)
+                case "trackio":
+                    return TrackioTracker(folder, settings, resumed is not None)
     except ConfigError:
         raise
     except Exception as error:  # of somebody else's package: an account, a network, a folder
-        hint = " Log in with `wandb login`, or set WANDB_MODE=offline." if name == "wandb" else ""
+        hint = " WANDB_MODE=offline needs neither an account nor a network." if name == "wandb" else ""
         raise ConfigError(
-            f"trackers asks for {name!r}, which does not start: {type(error).__name__}: {error}.{hint}"
+            f"trackers asks for {name!r}, which does not start: {str(error).rstrip('.') or repr(error)}.{hint}"
         ) from error
     raise ConfigError(f"trackers: there is no tracker {name!r}. Use 'wandb', 'tensorboard' or 'trackio'.")
 
@@ -133,6 +136,18 @@ class TrackioTracker:
 
     def close(self) -> None:
         self._run.finish()
+
+
+@contextmanager
+def _without_input() -> Iterator[None]:
+    """A tracker that would ask for a key says that there is none: nobody can answer below the live view."""
+    terminal = sys.stdin
+    with open(os.devnull, encoding="utf-8") as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = terminal
 
 
 def _import(module: str, package: str) -> Any:

@@ -74,10 +74,11 @@ def described(config: Config, description: Description, group_size: int) -> Mode
         draw, sampler = _whole(description, said)
     else:
         draw, sampler = _by_turns(config, description, said)
-    share = _share(description.no_signal)
+    filtered = 0.0
     if description.no_signal is not None:
-        said.append(("no signal", f"{share:.0%} of the groups are filtered"))
-    workload = _workload(draw, config, group_size, share)
+        filtered = share(description.no_signal, "--no-signal", "groups without signal")
+        said.append(("no signal", f"{filtered:.0%} of the groups are filtered"))
+    workload = _workload(draw, config, group_size, filtered)
     machine = Machine(
         with_hot_loads(sampler, config, description.publish, said),
         trainer(config, description.step, workload, said),
@@ -213,14 +214,13 @@ def _workload(draw: _Whole | _ByTurns, config: Config, group_size: int, no_signa
     return Workload(tuple(rows), "described")
 
 
-def _share(text: str | None) -> float:
-    if text is None:
-        return 0.0
+def share(text: str, option: str, what: str) -> float:
+    """`30%` or `0.3`, below 1. Raises `ConfigError`."""
     number = text.strip().removesuffix("%")
     try:
-        share = float(number) / (100 if number != text.strip() else 1)
+        value = float(number) / (100 if number != text.strip() else 1)
     except ValueError:
-        share = -1.0
-    if not 0 <= share <= 0.99:
-        raise ConfigError(f"--no-signal is {text!r}. Expected the share of groups without signal, such as 30%.")
-    return share
+        value = -1.0
+    if not 0 <= value <= 0.99:
+        raise ConfigError(f"{option} is {text!r}. Expected the share of the {what}, such as 30%.")
+    return value

@@ -1,17 +1,21 @@
 """What rate and staleness a setting would give: the real scheduler, queue, budget and loop, with modelled ends.
 
-    machine, workload = Machine.of_run(run), Workload.of_run(run)
+    run = load_run("runs/first")
+    workload = workload_of(run)
+    machine = Machine.of_run(run, workload)
     prediction = predict(config, machine, workload)
-    most = ideal(config, machine, workload)             # what no other bound of staleness exceeds
-    prediction.samples_per_s / most.samples_per_s
+    most = ideal(config, machine, workload)
+
+`prediction.samples_per_s / most.samples_per_s` is the share of what any bound of staleness could give.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import numpy as np
 
@@ -19,13 +23,16 @@ from asyncrl.assemble import assemble
 from asyncrl.collector import calm_collector
 from asyncrl.config import Config, DataConfig, StalenessConfig
 from asyncrl.data import Prompt
-from asyncrl.engine import Engine
+from asyncrl.engine import LOAD_EVERY_S, Engine
 from asyncrl.errors import RecoverableRolloutError
+from asyncrl.planning.fit import fit_sampler, fit_trainer
 from asyncrl.planning.sampler_model import Drawn, ModelledSampler, SamplerModel
 from asyncrl.planning.trainer_model import ModelledTrainer, TrainerModel
 from asyncrl.planning.workload import Workload
 from asyncrl.planning.world import World, run_in
+from asyncrl.reports.run_data import RunData
 from asyncrl.rollout.batch import Batch
+from asyncrl.rollout.concurrency import STALE_AFTER_S
 from asyncrl.rollout.contract import Contract
 from asyncrl.step_record import Record
 from asyncrl.types import RolloutRun, RolloutSample
@@ -36,6 +43,8 @@ UNBOUNDED = 1000
 """Steps of staleness that no run reaches: the trainer never waits for the budget, nor the rollouts."""
 ENDLESS = 1 << 40
 """Rows."""
+LOOKS_A_ROLLOUT = 20
+"""Of an adaptive window at the sampler's load."""
 BLOCKS = 10
 """Parts of a run that are compared to tell how sure a mean is."""
 
@@ -44,10 +53,19 @@ BLOCKS = 10
 class Machine:
     """What a run runs on."""
 
-    sampler: SamplerModel = SamplerModel()
-    trainer: TrainerModel = TrainerModel()
+    sampler: SamplerModel
+    trainer: TrainerModel
     about: str = ""
     """Where it comes from, in words."""
+
+    @classmethod
+    def of_run(cls, run: RunData, workload: Workload) -> Machine:
+        """As fast as that of a run, whose workload is `workload`.
+
+        Raises:
+            DataError: the run is too short, or recorded no timeline.
+        """
+        return cls(fit_sampler(run), fit_trainer(run, workload), f"as in {run.root}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +169,13 @@ class _Trusted(Contract):
 class _Session:
     """The `prompt.policy` of a simulated rollout: which attempt it is, and what it is pinned to."""
 
-    __slots__ = ("attempt", "oldest_version", "pinned")
-
-    calls = ()
+    __slots__ = ("attempt", "calls", "oldest_version", "pinned")
 
     def __init__(self, session: str, pinned: int | None) -> None:
         self.attempt = int(session.rpartition(".")[2])
         self.pinned = pinned
+        self.calls: Sequence[float] = ()
+        """As of a single call, which took as long as all of them together."""
         self.oldest_version: int | None = None
 
     def close(self) -> None:
@@ -180,8 +198,10 @@ class _Steps:
     worst: int = 0
 
 
-_PARTS = ("wait_s", "train_s", "publish_wait_s", "in_flight", "window", "sampler_running", "sampler_waiting")
-_PARTS += ("held_budget_s", "held_unpublished_s", "held_slots_s")
+_PARTS = (
+    *("wait_s", "train_s", "publish_wait_s", "held_budget_s", "held_unpublished_s", "held_slots_s"),
+    *("in_flight", "window", "sampler_running", "sampler_waiting"),
+)
 
 
 class _Simulation:
@@ -222,17 +242,24 @@ class _Simulation:
             on_step=self._step,
             contract=_Trusted(),
         )
+        self._engine.load_every_s = self._load_every_s()
         await self._engine.run()
         self._engine.ledger.close()
 
+    def _load_every_s(self) -> float:
+        """Often enough for an adaptive window, which takes a look that is too late for none; no more than is of use."""
+        rollout_s = self._workload.mean_idle_s + self._workload.mean_drawn * self._machine.sampler.token_s
+        fixed = self._config.concurrency.min_window == self._config.concurrency.max_window
+        return max(LOAD_EVERY_S, rollout_s / 4 if fixed else min(rollout_s / LOOKS_A_ROLLOUT, STALE_AFTER_S / 2))
+
     async def _rollout(self, prompt: Prompt) -> RolloutSample | None:
-        index, session = prompt.index, prompt.policy
-        assert isinstance(session, _Session)
+        index, session = prompt.index, cast(_Session, prompt.policy)
         order = self._order
         turn, place = divmod(index, len(order))
         member = self._workload.member(order[place], turn, prompt.rollout_index)
         attempt = member[min(session.attempt, len(member) - 1)]
-        drawn = await self._sampler.play(attempt, session.pinned)
+        drawn, model_s = await self._sampler.play(attempt, session.pinned)
+        session.calls = (0.0, model_s, 0.0, 0.0, 0.0)
         if attempt.outcome == "done":
             shared = self._machine.trainer.shared * attempt.prompt if prompt.rollout_index else 0.0
             return _sample(max(1, round(attempt.tokens - shared)), drawn, attempt.reward)
@@ -292,7 +319,7 @@ class _Simulation:
 
 
 def _sample(tokens: int, drawn: Drawn, reward: float) -> RolloutSample:
-    """A sample of so many tokens, with an entry in its mask and versions for each part of `drawn`, not for each token."""
+    """A sample of so many tokens. Its mask and versions have an entry for each part of `drawn`, not for each token."""
     return RolloutSample(
         tokens=range(tokens),
         logprobs=(),
@@ -332,5 +359,5 @@ def _error(time: np.ndarray, samples: np.ndarray) -> float:
     if blocks < 2:
         return float("nan")
     ends = np.linspace(0, len(samples), blocks + 1).astype(int)
-    rates = np.array([samples[a:b].sum() / (time[b] - time[a]) for a, b in zip(ends[:-1], ends[1:], strict=True)])
+    rates = np.array([samples[a:b].sum() / (time[b] - time[a]) for a, b in pairwise(ends)])
     return float(rates.std(ddof=1) / np.sqrt(blocks))

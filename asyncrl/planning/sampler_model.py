@@ -4,10 +4,10 @@ A replica with n requests gives each of them a token every
 
     t(n) = token_s + (n - 1) * running_s        seconds
 
-and works off prompts in between: each fresh prompt token takes `prompt_s`, in which nobody gets a token. All requests of
-a replica progress alike, so one number, the tokens that each has been given since the replica began (`served`), tells
-how far all of them are: a request that joins at `served` = 900 for 64 tokens ends at 964. The next to end is the top of a
-heap, and nothing is done per token or per running request.
+and works off prompts in between: each fresh prompt token takes `prompt_s`, in which nobody gets a token. All requests
+of a replica progress alike, so one number, the tokens that each has been given since the replica began (`served`),
+tells how far all of them are: a request that joins at `served` = 900 for 64 tokens ends at 964. The next to end is the
+top of a heap, and nothing is done per token or per running request.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from asyncrl.planning.workload import Attempt, Call
 from asyncrl.planning.world import World
@@ -32,6 +32,15 @@ ENDED = 1e-6
 """Tokens that a request may be short of its end: rounding, far below one token."""
 Drawn = list[tuple[int, int]]
 """(version, tokens that it drew), in order."""
+
+
+class Played(NamedTuple):
+    """What came of a rollout."""
+
+    drawn: Drawn
+    """What drew its tokens, one entry per turn and version."""
+    model_s: float
+    """Seconds in calls of the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +63,7 @@ class SamplerModel:
     pause_share: float = 0.0
     """The part of a hot-load in which no token is drawn."""
     side_by_side: bool = False
-    """Several versions are live (LoRA), and a call ends on the one that it began with. Else all go on with the new one."""
+    """Several versions are live (LoRA), and a call ends on the one that it began with. Else all go on with the new."""
     drain: bool = False
     """A hot-load waits until all calls have ended, and new ones wait for it."""
     slowdown: float = 0.0
@@ -72,12 +81,12 @@ class SamplerModel:
 class _Request:
     """A call on its way through a replica."""
 
-    __slots__ = ("began_at", "call", "dead", "ended", "version")
+    __slots__ = ("began_at", "call", "dead", "on_end", "version")
 
-    def __init__(self, call: Call, version: int, ended: Callable[[Drawn], None]) -> None:
+    def __init__(self, call: Call, version: int, on_end: Callable[[_Request, Drawn], None]) -> None:
         self.call = call
         self.version = version
-        self.ended = ended
+        self.on_end = on_end
         self.began_at = -1.0
         """`served` of the replica; negative before that."""
         self.dead = False
@@ -86,8 +95,10 @@ class _Request:
 class _Replica:
     """Owns the requests of one engine. `served` is right as of `at`."""
 
-    __slots__ = ("_at", "_debt_s", "_due", "_heap", "_model", "_order", "_sampler", "_world", "running", "served")
-    __slots__ += ("speed", "swaps", "waiting")
+    __slots__ = (
+        *("_at", "_debt_s", "_due", "_heap", "_model", "_order", "_sampler", "_world"),
+        *("running", "served", "speed", "swaps", "waiting"),
+    )
 
     def __init__(self, sampler: ModelledSampler, world: World, model: SamplerModel) -> None:
         self._sampler, self._world, self._model = sampler, world, model
@@ -177,7 +188,7 @@ class _Replica:
                 ended.append(request)
         self._arm()
         for request in ended:
-            request.ended(self._drawn(request))
+            request.on_end(request, self._drawn(request))
 
     def _left(self) -> None:
         self.running -= 1
@@ -192,7 +203,7 @@ class _Replica:
         self.running += 1
         self._debt_s += request.call.fresh * self._model.prompt_s
         request.began_at = self.served
-        heapq.heappush(self._heap, (self.served + max(request.call.drawn, 0), next(self._order), request))
+        heapq.heappush(self._heap, (self.served + request.call.drawn, next(self._order), request))
 
     def _drawn(self, request: _Request) -> Drawn:
         """Which weights drew how many of its tokens."""
@@ -242,8 +253,8 @@ class ModelledSampler:
 
     # Rollouts
 
-    async def play(self, attempt: Attempt, pinned: int | None = None) -> Drawn:
-        """Live through the turns of a rollout. Returns what drew its tokens, one entry per turn and version."""
+    async def play(self, attempt: Attempt, pinned: int | None = None) -> Played:
+        """Live through the turns of a rollout."""
         play = _Play(self, attempt, pinned, asyncio.get_running_loop().create_future())
         play.go_on(self.world.now)
         try:
@@ -251,7 +262,7 @@ class ModelledSampler:
         except asyncio.CancelledError:
             play.cancel()
             raise
-        return play.drawn
+        return Played(play.drawn, play.model_s)
 
     def send(self, request: _Request, home: int | None) -> int:
         """Give a call to the replica of its rollout, or to the one with the fewest. Returns which."""
@@ -262,7 +273,8 @@ class ModelledSampler:
             self._replicas[place].begin(request)
         return place
 
-    def ended(self, place: int) -> None:
+    def ended(self, place: int, call: Call) -> None:
+        self.generated += call.drawn
         self._router.end(place)
 
     def drop(self, request: _Request, place: int) -> None:
@@ -276,11 +288,14 @@ class ModelledSampler:
         call = Call(len(request.token_ids), len(request.token_ids), request.params.max_tokens)
         over: asyncio.Future[Drawn] = asyncio.get_running_loop().create_future()
         version = self.version if request.version is None else request.version
-        place = self.send(_Request(call, version, lambda drawn: self.world.wake(over, drawn)), None)
+        sent = _Request(call, version, lambda request, drawn: self.world.wake(over, drawn))
+        place = self.send(sent, None)
         try:
             drawn = await over
-        finally:
-            self._router.end(place)
+        except asyncio.CancelledError:
+            self.drop(sent, place)
+            raise
+        self.ended(place, call)
         await self.world.sleep(self.model.call_s)
         versions = [version for version, tokens in drawn for _ in range(tokens)]
         return Completion([0] * call.drawn, [0.0] * call.drawn, versions, "length")
@@ -341,7 +356,18 @@ class ModelledSampler:
 class _Play:
     """A rollout on its way through its turns."""
 
-    __slots__ = ("_attempt", "_calls", "_home", "_pinned", "_sampler", "_turn", "drawn", "over")
+    __slots__ = (
+        "_attempt",
+        "_home",
+        "_pinned",
+        "_sampler",
+        "_sent_at",
+        "_turn",
+        "_under_way",
+        "drawn",
+        "model_s",
+        "over",
+    )
 
     def __init__(
         self, sampler: ModelledSampler, attempt: Attempt, pinned: int | None, over: asyncio.Future[None]
@@ -349,51 +375,53 @@ class _Play:
         self._sampler, self._attempt, self._pinned = sampler, attempt, pinned
         self._turn = -1
         self._home: int | None = None
-        self._calls: list[_Request] = []
-        """Under way."""
+        self._sent_at = 0.0
+        self._under_way: list[_Request] = []
         self.drawn: Drawn = []
+        self.model_s = 0.0
         self.over = over
 
     def go_on(self, now: float) -> None:
         """To the next turn, once its gap has passed; or to the end."""
         self._turn += 1
-        turns = self._attempt.turns
-        call_s = self._sampler.model.call_s if self._turn else 0.0
-        if self._turn < len(turns):
-            gap_s, then = turns[self._turn].gap_s + call_s, self._call
+        attempt = self._attempt
+        if self._turn < len(attempt.turns):
+            gap_s, then = attempt.turns[self._turn].gap_s, self._call
         else:
-            gap_s, then = self._attempt.after_s + call_s, self._end
+            gap_s, then = attempt.after_s, self._end
+        if self._turn:
+            gap_s += self._sampler.model.call_s
         if gap_s > 0:
             self._sampler.world.at(now + gap_s, then)
         else:
             then(now)
 
     def cancel(self) -> None:
-        for request in self._calls:
+        for request in self._under_way:
             assert self._home is not None
             self._sampler.drop(request, self._home)
-        self._calls.clear()
+        self._under_way.clear()
 
     def _call(self, now: float) -> None:
         if self.over.done():
             return
         sampler = self._sampler
         version = sampler.version if self._pinned is None else self._pinned
-        for call in self._attempt.turns[self._turn].calls:
-            request = _Request(call, version, lambda drawn: None)
-            request.ended = lambda drawn, request=request: self._ended(request, drawn)  # type: ignore[misc]
-            self._calls.append(request)
-        for request in list(self._calls):
+        self._sent_at = now
+        self._under_way = [_Request(call, version, self._ended) for call in self._attempt.turns[self._turn].calls]
+        for request in tuple(self._under_way):
             self._home = sampler.send(request, self._home)
 
     def _ended(self, request: _Request, drawn: Drawn) -> None:
+        sampler = self._sampler
         assert self._home is not None
-        self._sampler.ended(self._home)
-        self._sampler.generated += request.call.drawn
-        self._calls.remove(request)
+        sampler.ended(self._home, request.call)
         self.drawn += drawn
-        if not self._calls:
-            self.go_on(self._sampler.world.now)
+        self._under_way.remove(request)
+        if not self._under_way:
+            now = sampler.world.now
+            self.model_s += now - self._sent_at + sampler.model.call_s
+            self.go_on(now)
 
     def _end(self, now: float) -> None:
         self._sampler.world.wake(self.over)

@@ -55,9 +55,7 @@ class Attempt:
     loss_tokens: int = 0
 
     @classmethod
-    def of_turns(
-        cls, turns: Iterable[tuple[float, int, int]], *, after_s: float = 0.0, reward: float = 0.0
-    ) -> Attempt:
+    def of_turns(cls, turns: Iterable[tuple[float, int, int]], *, after_s: float = 0.0, reward: float = 0.0) -> Attempt:
         """A rollout that succeeds, of (seconds before the turn, tokens that are new in its prompt, tokens drawn): each
         turn reads what came before, and all that is drawn is trained."""
         made, context, loss_tokens = [], 0, 0
@@ -123,11 +121,11 @@ class Workload:
         """Rows to use, one after the other: each as often as any other, give or take one, in a random order."""
         rng = np.random.default_rng(seed)
         rounds = -(-count // len(self.rows))
-        return np.concatenate([rng.permutation(len(self.rows)) for _ in range(rounds)])[:count].tolist()
+        return [int(row) for row in np.concatenate([rng.permutation(len(self.rows)) for _ in range(rounds)])[:count]]
 
     def member(self, row: int, turn: int, index: int) -> Member:
-        """The rollout in place `index` of a group of `row`, which is used for the `turn`-th time. Groups larger than the
-        recorded one use rollouts twice, smaller ones others each time."""
+        """The rollout in place `index` of a group of `row`, which is used for the `turn`-th time. Groups larger than
+        the recorded one use rollouts twice, smaller ones others each time."""
         members = self.rows[row]
         return members[(index + turn) % len(members)]
 

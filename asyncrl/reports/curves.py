@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -94,14 +94,21 @@ class Curves:
         return _spread([binned(*column, self.bin_steps, line.how) for column in columns])
 
     def stacked(
-        self, key: str, title: str, parts: Sequence[Wanted], y: Axis, *, about: str = "",
-        shades: bool = False, weights: Row | None = None,
+        self,
+        key: str,
+        title: str,
+        parts: Sequence[Wanted],
+        y: Axis,
+        *,
+        about: str = "",
+        shades: bool = False,
+        weights: Row | None = None,
     ) -> list[Block]:
         """Shares: of one run over its steps, of several one bar each, over the whole run.
 
         `weights`: of a step in a mean over several; None: all weigh the same.
         """
-        series = []
+        series: list[Series] = []
         for place, part in enumerate(parts):
             shade = place / max(1, len(parts) - 1) if shades else None
             if len(self.entries) == 1 and len(self.entries[0].runs) == 1:
@@ -112,7 +119,7 @@ class Curves:
                 x = [entry.name for entry in self.entries]  # type: ignore[assignment]  # names
                 values = np.array([_overall(entry, part, weights) for entry in self.entries])
             if np.any(np.nan_to_num(values) > 0):
-                series.append(Series(part.name, x, values, kind="bars", color=place, shade=shade))
+                series.append(Series(part.name, x, values, kind="bars", color=len(series), shade=shade))
         over = STEP if len(self.entries) == 1 and len(self.entries[0].runs) == 1 else Axis("run", names=True)
         return filled(chart(key, title, x=over, y=y, series=series, about=about, stacked=True))
 
@@ -142,7 +149,9 @@ def per_step(name: str, other: str) -> Row:
 
 
 def ratio(values: np.ndarray, by: np.ndarray) -> np.ndarray:
-    return np.divide(values, by, out=np.full(len(values), np.nan), where=by > 0)
+    quotients = np.full(len(values), np.nan)
+    np.divide(values, by, out=quotients, where=by > 0)
+    return quotients
 
 
 def filled(block: Block) -> list[Block]:
@@ -219,6 +228,3 @@ def _overall(entry: Entry, part: Wanted, weights: Row | None) -> float:
         known = np.isfinite(values) & np.isfinite(by)
         total, weight = total + float((values * by)[known].sum()), weight + float(by[known].sum())
     return total / weight if weight else float("nan")
-
-
-Columns = Mapping[str, np.ndarray]

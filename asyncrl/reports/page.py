@@ -32,7 +32,10 @@ Block = Mapping[str, Any]
 """Something on the page, made by a function of this module: `kind`, `id`, and what its kind needs."""
 Model = Mapping[str, Any]
 """All that a page shows."""
+Tone = Literal["plain", "good", "warn"]
 Kind = Literal["line", "points", "line+points", "bars", "steps"]
+MARK = '<meta name="generator" content="asyncrl">'
+"""In every page: what has it may be written over."""
 DIGITS = 5
 """Of a number on a chart: more than an eye sees, and a third of the bytes."""
 
@@ -75,7 +78,11 @@ class Series:
     faint: bool = False
     """Drawn thin and pale: what another series is the mean of."""
     labels: Sequence[str] | None = None
-    """What the pointer shows at each point, besides its numbers."""
+    """What the pointer shows at each point, besides its numbers; lines are separated by newlines."""
+    texts: Sequence[str] | None = None
+    """What is written beside each point."""
+    big: bool = False
+    """Its points are stars, to be seen first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +111,7 @@ class Tile:
     label: str
     value: str
     about: str = ""
-    tone: Literal["plain", "good", "warn"] = "plain"
+    tone: Tone = "plain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +175,7 @@ def table(
     }
 
 
-def note(key: str, text: str, tone: Literal["plain", "good", "warn"] = "plain") -> Block:
+def note(key: str, text: str, tone: Tone = "plain") -> Block:
     """A paragraph; `warn` is for what the reader must not miss."""
     return {"kind": "note", "id": key, "text": text, "tone": tone}
 
@@ -179,8 +186,17 @@ def tiles(key: str, shown: Iterable[Tile]) -> Block:
     return {"kind": "tiles", "id": key, "tiles": cells}
 
 
-def model(title: str, sections: Iterable[Section], *, subtitle: str = "", live: bool = False) -> Model:
-    """What a page shows. `live`: the page asks the server that it came from for newer data, again and again."""
+def model(
+    title: str,
+    sections: Iterable[Section],
+    *,
+    subtitle: str = "",
+    state: str = "",
+    live: bool = False,
+    over: bool = True,
+) -> Model:
+    """What a page shows. `state` stands at its top. `live`: the page asks the server that it came from for newer data,
+    again and again, until it is `over`."""
     names = Names()
     shown = [
         {
@@ -190,7 +206,7 @@ def model(title: str, sections: Iterable[Section], *, subtitle: str = "", live: 
         }
         for section in sections
     ]
-    return {"title": title, "subtitle": subtitle, "live": live, "sections": shown}
+    return {"title": title, "subtitle": subtitle, "state": state, "live": live, "over": over, "sections": shown}
 
 
 def page(shown: Model, *, scripts: Sequence[str] = ()) -> str:
@@ -212,6 +228,7 @@ def page(shown: Model, *, scripts: Sequence[str] = ()) -> str:
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="referrer" content="no-referrer">
+{MARK}
 <title>{escape(shown["title"])}</title>
 <link rel="icon" href="data:,">
 <style>{asset("page.css")}</style>
@@ -226,8 +243,10 @@ def page(shown: Model, *, scripts: Sequence[str] = ()) -> str:
 def write_page(out: Path, html: str) -> None:
     """Write a page; whoever reads it meanwhile never sees half of it. Only its user can read it.
 
-    Raises `ConfigError` where it cannot be written.
+    Raises `ConfigError` where it cannot be written, or another file stands there.
     """
+    if out.is_file() and not _is_page(out):
+        raise ConfigError(f"{out} is another file, and no page of asyncrl. Name one that does not exist (--out).")
     beside = out.with_name(f".{out.name}.unfinished")
     try:
         with open(beside, "w", encoding="utf-8", errors="backslashreplace", opener=private) as file:
@@ -237,6 +256,11 @@ def write_page(out: Path, html: str) -> None:
         raise ConfigError(
             f"{out} cannot be written: {error.strerror}. Name a file that you may write (--out)."
         ) from None
+
+
+def _is_page(path: Path) -> bool:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return MARK in file.read(4096)
 
 
 def to_json(shown: Any) -> str:
@@ -280,7 +304,9 @@ def _series(place: int, one: Series) -> dict[str, Any]:
         made |= {"low": _values(one.low), "high": _values(one.high)}
     if one.labels is not None:
         made["labels"] = list(one.labels)
-    extra = {"shade": one.shade, "dash": one.dash or None, "faint": one.faint or None}
+    if one.texts is not None:
+        made["texts"] = list(one.texts)
+    extra = {"shade": one.shade, "dash": one.dash or None, "faint": one.faint or None, "big": one.big or None}
     return made | {name: value for name, value in extra.items() if value is not None}
 
 

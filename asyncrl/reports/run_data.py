@@ -89,7 +89,7 @@ class RunData:
     evaluations: Records
     """`evaluations.jsonl`: one per evaluation, by `eval_version`."""
     producer: Records
-    """`producer.jsonl`: one per second or so, by `time_s`. Empty in old runs."""
+    """`producer.jsonl`: the rollout side, by `rollouts_ended` and `rollout_time_s`. Empty in old runs."""
     timeline: Sequence[LifeTimes]
     """Empty where it was not recorded."""
     ledger: Mapping[str, int]
@@ -98,11 +98,13 @@ class RunData:
     summary: Mapping[str, Any] | None
     """None: the run goes on, or was killed."""
     environment: Mapping[str, Any]
+    heard_at: float | None
+    """When the newest record of a step was written, s since 1970. None: there is none."""
     settings: Mapping[str, Any] = field(init=False)
     """`config`, flat: `staleness.max_staleness` -> 4."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "settings", dict(_flat(self.config)))
+        object.__setattr__(self, "settings", dict(flat(self.config)))
 
     @property
     def name(self) -> str:
@@ -154,6 +156,7 @@ def load_run(folder: str | Path) -> RunData:
         fates=fates,
         summary=_json(files.summary),
         environment=_json(files.environment) or {},
+        heard_at=files.metrics.stat().st_mtime if files.metrics.is_file() else None,
     )
 
 
@@ -242,9 +245,10 @@ def _json(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by their full names: `staleness.max_staleness`."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{name}.")
+            yield from flat(value, f"{above}{name}.")
         else:
             yield above + name, value

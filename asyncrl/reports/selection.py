@@ -22,6 +22,10 @@ Measure = Literal["tokens", "seconds", "reward"]
 ENOUGH_GROUPS = 30
 """Fewer trained groups, or groups, tell nothing about a difference."""
 BINS = 30
+FEW_BINS = 12
+"""Drawn as bars."""
+WORTH = 0.1
+"""A length or duration that differs by more is worth a warning. That rewards differ is what a filter is for."""
 Z = 1.96
 """Standard errors on either side of a 95 % interval."""
 UNITS: dict[Measure, str] = {"tokens": "tokens", "seconds": "s", "reward": ""}
@@ -48,7 +52,8 @@ class Rollouts:
 
     @property
     def trained(self) -> np.ndarray:
-        return (self.fate == FATES.index("trained")) & (self.outcome == DONE)
+        chosen: np.ndarray = (self.fate == FATES.index("trained")) & (self.outcome == DONE)
+        return chosen
 
     def __len__(self) -> int:
         return len(self.group)
@@ -102,7 +107,8 @@ def rollouts_of(runs: Sequence[RunData]) -> Rollouts:
             groups += int(attempts["sequence"].max(initial=-1)) + 1
     rows = np.concatenate(parts) if parts else np.zeros((0, 6))
     _, group = np.unique(rows[:, 0], return_inverse=True)
-    return Rollouts(group, *(rows[:, place] for place in range(1, 6)), open=pending)
+    fate, outcome, tokens, seconds, reward = rows[:, 1:].T
+    return Rollouts(group, fate, outcome, tokens, seconds, reward, pending)
 
 
 def difference(rollouts: Rollouts, measure: Measure) -> Difference | None:
@@ -154,7 +160,7 @@ def selection(runs: Sequence[RunData]) -> Section:
     """The section of one entry of a report."""
     rollouts = rollouts_of(runs)
     found = [one for measure in TITLES if (one := difference(rollouts, measure)) is not None]
-    biased = any(one.clear and abs(one.value) > 0.1 for one in found)
+    biased = any(one.clear and abs(one.value) > WORTH for one in found if one.measure != "reward")
     blocks: list[Block] = [note("selection-sentence", sentence(rollouts), "warn" if biased else "plain")]
     if len(rollouts):
         blocks += [block for measure in TITLES for block in _distribution(rollouts, measure)]
@@ -181,7 +187,7 @@ def _distribution(rollouts: Rollouts, measure: Measure) -> Iterator[Block]:
     series = []
     for name, some in (("all", values), ("trained", values[trained])):
         share = np.histogram(np.clip(some, edges[0], edges[-1]), edges)[0] / len(some)
-        series.append(Series(name, middles, share, kind="steps"))
+        series.append(Series(name, middles, share, kind="bars" if len(middles) <= FEW_BINS else "steps"))
     yield chart(
         f"selection-{measure}",
         f"{TITLES[measure]} of rollouts",
@@ -195,9 +201,10 @@ def _edges(values: np.ndarray) -> tuple[np.ndarray, bool]:
     """Of the bins, equal on a logarithmic scale where the values span much. What lies far out goes into the last."""
     low, high = np.quantile(values, (0.002, 0.998))
     log = bool(low > 0 and high > 12 * low)
-    if len(exact := np.unique(values)) <= BINS and not log:  # few values, such as rewards of 0 and 1: a bin each
-        half = np.diff(exact).min() / 2
-        return np.arange(exact[0] - half, exact[-1] + 1.5 * half, 2 * half)[: 4 * BINS], False
+    exact = np.unique(values)
+    width = np.diff(exact).min()
+    if not log and exact[-1] - exact[0] <= BINS * width * 1.01:  # few values, such as rewards of 0 and 1: a bin each
+        return np.arange(exact[0] - width / 2, exact[-1] + width, width), False
     if low == high:
         low, high = values.min(), values.max()
     return (np.geomspace(low, high, BINS + 1), True) if log else (np.linspace(low, high, BINS + 1), False)
@@ -229,9 +236,9 @@ def _ends(rollouts: Rollouts) -> Block:
     rows = []
     for fate, name in enumerate(FATES):
         rows.append([f"group {name}" if name != "trained" else "trained", *_counted(rollouts, fate)])
-    for outcome, name in enumerate(OUTCOMES):
+    for outcome, ended in enumerate(OUTCOMES):
         if outcome != DONE:
-            rows.append([name, *_means(rollouts, rollouts.outcome == outcome)])
+            rows.append([ended, *_means(rollouts, rollouts.outcome == outcome)])
     columns = [
         *(Column("what became of them", number=False), Column("rollouts"), Column("share")),
         *(Column("mean length", "tokens"), Column("mean duration", "s"), Column("mean reward")),

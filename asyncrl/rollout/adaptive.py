@@ -8,8 +8,8 @@ With O for the bound, it follows three rules, in this order:
 1. Tokens that are too off-policy lower it. *Strain* is what was measured over what is allowed, 1 at the limit; it
    grows about linearly with staleness, which says how far the bound has to fall.
 2. A trainer that waits while the bound holds rollouts back raises it: by Little's law a wait of w of the time is gone
-   at (O + 1) / (1 - w) - 1, if rollouts do not get slower by being more. At most to 2 O + 1 at once, never to where
-   the strain would be over 1, and a raise that bought nothing is taken back.
+   at (O + 1) / (1 - w) - 1, if rollouts do not get slower by being more. Never to where the strain would be over 1,
+   and a raise that bought nothing is taken back.
 3. Finished groups that nobody waits for, batches of them over a long time, lower it: as fast, and fresher tokens.
 
 What is admitted under a bound is trained up to O steps later, so each change is given time to show before the next.
@@ -34,6 +34,8 @@ SUSTAINED = 2
 """Steps in a row over the limit: one alone may be an odd batch."""
 STARVED = 0.05
 """Waiting for a smaller share of the time is not worth older tokens."""
+MOST_GROWTH = 4
+"""The budget grows at most so many times at once: what a wait promises is measured over few steps."""
 IDLE = 0.01
 """Below this share nobody waits."""
 SPARE_BATCHES = 2
@@ -193,7 +195,7 @@ class AdaptiveStaleness:
 
     def _raise(self, window: _Window) -> None:
         waited = f"the trainer waited {window.starved:.0%} of {window.steps} steps, and the bound held rollouts back"
-        wanted = math.ceil((self.bound + 1) / max(1 - window.starved, 0.5)) - 1
+        wanted = math.ceil((self.bound + 1) / max(1 - window.starved, 1 / MOST_GROWTH)) - 1
         limits = {
             "max_staleness": float(self._most),
             "what tokens bear": window.bearable,

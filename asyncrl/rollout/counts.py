@@ -6,8 +6,8 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
 
+from asyncrl.errors import RolloutTimeout
 from asyncrl.rollout.group import Member
 from asyncrl.storage.timeline import CUT_OFF, DONE, DROPPED, FAILED, TIMED_OUT, Timeline
 from asyncrl.types import RolloutRun
@@ -39,11 +39,6 @@ class Counts:
         return Counts(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
 
 
-def model_seconds(calls: Sequence[float]) -> float:
-    """In the columns `timeline.CALL` of one attempt. Calls beside each other count once each."""
-    return sum(calls[1::5]) - sum(calls[0::5])
-
-
 def record_attempt(
     counts: Counts,
     timeline: Timeline | None,
@@ -56,31 +51,48 @@ def record_attempt(
     model_s = model_seconds(calls)
     counts.rollout_s += now - member.started_at
     counts.model_s += model_s
-    if timeline is None:
-        return
+    if timeline is not None:
+        timeline.attempt(attempt_columns(member, calls, outcome, now, model_s, 0), calls)
+
+
+def model_seconds(calls: Sequence[float]) -> float:
+    """In the columns `timeline.CALL` of one attempt. Calls beside each other count once each."""
+    if len(calls) <= 5:
+        return calls[1] - calls[0] if calls else 0.0
+    return sum(calls[1::5]) - sum(calls[0::5])
+
+
+def attempt_columns(
+    member: Member,
+    calls: Sequence[float],
+    outcome: RolloutRun | BaseException | None,
+    now: float,
+    model_s: float,
+    evaluation: int,
+) -> tuple[float, ...]:
+    """Those of `timeline.ATTEMPT`. Written for speed: it is called for every rollout."""
     group = member.group
     draw = group.draw
-    tokens = trained = 0
-    reward = math.nan
-    if isinstance(outcome, RolloutRun):
-        reward = outcome.reward
-        for segment in outcome.segments:
-            tokens += len(segment.tokens)
-            trained += sum(segment.loss_mask)
-    timeline.attempt(
-        (
-            *(group.admitted_at, member.started_at, now, draw.epoch, draw.index, member.index, member.attempt),
-            *(group.sequence, _outcome(member, outcome), reward, tokens, trained, len(calls) // 5, model_s, 0.0),
-        ),
-        calls,
+    if isinstance(outcome, RolloutRun) and not member.abandoned:
+        state, reward, segments = DONE, outcome.reward, outcome.segments
+    else:
+        state, reward, segments = _ending(member, outcome), math.nan, []
+    tokens = loss_tokens = 0
+    for segment in segments:
+        tokens += len(segment.tokens)
+        loss_tokens += sum(segment.loss_mask)
+    # fmt: off
+    return (
+        group.admitted_at, member.started_at, now, draw.epoch, draw.index, member.index, member.attempt, group.sequence,
+        state, reward, tokens, loss_tokens, len(calls) // 5, model_s, evaluation,
     )
+    # fmt: on
 
 
-def _outcome(member: Member, outcome: Any) -> int:
-    if outcome is None:
-        return DROPPED
-    if not isinstance(outcome, BaseException):
-        return DONE
-    if isinstance(outcome, asyncio.CancelledError):
-        return TIMED_OUT if member.timed_out else CUT_OFF
-    return FAILED
+def _ending(member: Member, outcome: RolloutRun | BaseException | None) -> int:
+    cancelled = isinstance(outcome, asyncio.CancelledError)
+    if member.abandoned or isinstance(outcome, RolloutTimeout) or (cancelled and member.timed_out):
+        return TIMED_OUT
+    if cancelled:
+        return CUT_OFF
+    return DROPPED if outcome is None else FAILED

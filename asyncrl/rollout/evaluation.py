@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,13 +11,16 @@ import anyio
 import structlog
 
 from asyncrl.config import RolloutConfig
-from asyncrl.data import Prompt, Rows
+from asyncrl.data import Draw, Prompt, Rows
 from asyncrl.errors import BreakerOpen, first_failure
 from asyncrl.rollout.contract import Contract
+from asyncrl.rollout.counts import attempt_columns, model_seconds
 from asyncrl.rollout.estimate import EvalResult
 from asyncrl.rollout.failures import Breaker, FailurePolicy, Verdict, describe, fatal, is_ours, leaves
+from asyncrl.rollout.group import Member, OpenGroup
 from asyncrl.rollout.limited import call
 from asyncrl.rollout.scheduler import PolicyFactory, RolloutFn
+from asyncrl.storage.timeline import Timeline
 from asyncrl.types import EvaluatedRun, RolloutRun
 
 log = structlog.get_logger(__name__)
@@ -42,6 +45,7 @@ class Evaluator:
     seed: int
     on_run: Callable[[EvaluatedRun], None] = lambda run: None
     """Hears of each rollout that gave a reward."""
+    timeline: Timeline | None = None
 
     async def run(
         self,
@@ -58,7 +62,8 @@ class Evaluator:
             RolloutFailed: a rollout failed in a way that trying again would not mend.
             BreakerOpen: an outage.
         """
-        measurement = _Measurement(self, version, EvalResult(), FailurePolicy(self.settings), Breaker())
+        now = asyncio.get_running_loop().time()
+        measurement = _Measurement(self, version, now, EvalResult(), FailurePolicy(self.settings), Breaker())
         try:
             async with anyio.create_task_group() as tasks:
                 for index in range(len(rows)):
@@ -78,6 +83,8 @@ class _Measurement:
 
     evaluator: Evaluator
     version: int | None
+    began_at: float
+    """On the loop's clock."""
     result: EvalResult
     failures: FailurePolicy
     breaker: Breaker
@@ -120,6 +127,7 @@ class _Measurement:
     async def _attempt(self, rows: Rows, index: int, sample: int, attempt: int) -> RolloutRun | BaseException | None:
         evaluator, name = self.evaluator, f"row {index} of the evaluation"
         policy = evaluator.make_policy(f"evaluation-{self.version}-{index}-{sample}-{attempt}", self.version)
+        began = asyncio.get_running_loop().time()
         prompt = Prompt(
             rows[index], policy=policy, index=index, rollout_index=sample, evaluation=True, seed=evaluator.seed
         )
@@ -128,11 +136,17 @@ class _Measurement:
             result = await evaluator.rollout(prompt)
             return None if result is None else evaluator.contract.check(result, oldest=0, newest=1 << 62)
 
+        found: RolloutRun | BaseException | None = asyncio.CancelledError()
         try:
             outcome = await call(drawn, prompt, name, evaluator.settings.timeout_s)
+            found = outcome.value if outcome.error is None else outcome.error
         finally:
             policy.close()
-        return outcome.value if outcome.error is None else outcome.error
+            if (timeline := evaluator.timeline) is not None:
+                measured = policy.version if self.version is None else self.version
+                group = OpenGroup(-1, Draw(0, index, rows[index]), 1, measured, self.began_at)
+                _record(timeline, Member(group, sample, attempt, began), policy.calls, found)
+        return found
 
     def _judge(self, error: BaseException, index: int, attempt: int) -> bool:
         """Whether the rollout is lost (else it is drawn again). Raises what ends the evaluation."""
@@ -148,3 +162,10 @@ class _Measurement:
         if outage is not None:
             raise BreakerOpen(f"{outage} in the evaluation. The last: {describe(error)}") from error
         return True
+
+
+def _record(
+    timeline: Timeline, member: Member, calls: Sequence[float], found: RolloutRun | BaseException | None
+) -> None:
+    now, evaluation = asyncio.get_running_loop().time(), member.group.version + 1
+    timeline.attempt(attempt_columns(member, calls, found, now, model_seconds(calls), evaluation), calls)

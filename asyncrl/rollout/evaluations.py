@@ -255,6 +255,8 @@ class Evaluations:
             version = self.sampler.version if pinned is None else pinned
             found = await self._limited(version, pinned, room)
             newest = self.sampler.version if pinned is None else pinned
+        if (timeline := self.evaluator.timeline) is not None:
+            timeline.span("evaluation", f"evaluation of {version}", began, loop.time(), version=version)
         result = found if isinstance(found, EvalResult) else None
         numbers = {} if found is None or isinstance(found, EvalResult) else dict(found)
         evaluated = Evaluated(version, newest, loop.time() - began, result, numbers)

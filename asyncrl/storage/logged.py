@@ -120,3 +120,29 @@ def turns_of(kind: str, text: str) -> Iterator[tuple[str, str]]:
             role = name[1] if name else "context"
         if piece.strip():
             yield role, piece
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A tool call of a chat, as its messages tell of it."""
+
+    name: Any
+    arguments: Any
+    result: Any
+    """None: it was not run."""
+    seconds: float | None
+
+    @property
+    def failed(self) -> bool:
+        return str(self.result).startswith("Error")
+
+
+def tool_calls(info: Mapping[str, Any]) -> Iterator[ToolCall]:
+    """Those of a sample, from its `info`; none where it holds no messages."""
+    messages = [message for message in info.get("messages") or () if isinstance(message, dict)]
+    results = {message.get("tool_call_id"): message.get("content") for message in messages}
+    times = iter(info.get("tool_seconds") or ())
+    for call in (call for message in messages for call in message.get("tool_calls") or ()):
+        result = results.get(call["id"])
+        seconds = next(times, None) if result is not None else None
+        yield ToolCall(call["function"]["name"], call["function"]["arguments"], result, seconds)

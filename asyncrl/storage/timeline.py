@@ -44,8 +44,8 @@ CALL = ("began", "ended", "prompt_tokens", "drawn_tokens", "version")
 OUTCOMES = ("done", "dropped", "failed", "timed out", "cut off")
 DONE, DROPPED, FAILED, TIMED_OUT, CUT_OFF = range(len(OUTCOMES))
 
-MOST_WAITING = 256
-"""Hand-overs that may wait for the disk; what comes while so many do is left out, and the log says so."""
+MOST_WAITING_BYTES = 64 << 20
+"""That may wait for the disk: of 100,000 rollouts with ten turns each. What comes while more wait is left out."""
 CLOSE_LIMIT_S = 30.0
 
 ATTEMPT_TYPE = np.dtype([(name, "<f8") for name in ATTEMPT])
@@ -61,6 +61,11 @@ class _Parts:
     attempts: array[float]
     calls: array[float]
     spans: list[dict[str, Any]]
+
+    @property
+    def size(self) -> int:
+        """In bytes, nearly."""
+        return 8 * (len(self.attempts) + len(self.calls)) + 500 * len(self.spans)
 
 
 class Timeline:
@@ -78,10 +83,12 @@ class Timeline:
         """Gets the attempts and the calls that are handed over, as they are written."""
         self._folder = folder / f"life-{life}" if folder is not None else None
         self._life = life
-        self._attempts: array[float] = array("d")
-        self._calls: array[float] = array("d")
+        self._attempts: list[float] = []  # appending to a list costs a tenth of what it does to an array
+        self._calls: list[float] = []
         self._spans: list[dict[str, Any]] = []
         self._jobs: SimpleQueue[_Parts | None] = SimpleQueue()
+        self._handed_over = 0  # bytes; the loop counts these,
+        self._taken = 0  # and the thread those
         self._dropping = False
         self._thread: Thread | None = None
         if self._folder is not None:
@@ -106,52 +113,57 @@ class Timeline:
         """Hand over what there is. Returns at once."""
         if not self._attempts and not self._spans:
             return
-        parts, self._attempts, self._calls, self._spans = (
-            _Parts(self._attempts, self._calls, self._spans),
-            array("d"),
-            array("d"),
-            [],
-        )
+        parts = _Parts(array("d", self._attempts), array("d", self._calls), self._spans)
+        self._attempts, self._calls, self._spans = [], [], []
         self.on_flush(parts.attempts, parts.calls)
         if self._thread is None:
             return
-        if self._jobs.qsize() < MOST_WAITING:
+        if self._handed_over - self._taken + parts.size <= MOST_WAITING_BYTES:
+            self._handed_over += parts.size
             self._jobs.put(parts)
         elif not self._dropping:
             self._dropping = True
             log.warning("the disk does not take the timeline: a part of it is left out", folder=str(self._folder))
 
     def close(self) -> None:
-        """Write the rest. A disk that never answers does not hold it up."""
+        """Write the rest. A disk that never answers holds it up for `CLOSE_LIMIT_S` at most."""
         self.flush()
         if self._thread is not None:
             self._jobs.put(None)
             self._thread.join(CLOSE_LIMIT_S)
+            if self._thread.is_alive():
+                log.warning("the disk does not take the timeline: its end is left out", folder=str(self._folder))
+
+    # The thread
 
     def _run(self, folder: Path) -> None:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with (
-                open(folder / "attempts.f8", "ab", opener=private) as attempts,
-                open(folder / "calls.f8", "ab", opener=private) as calls,
-                open(folder / "spans.jsonl", "a", encoding="utf-8", opener=private) as spans,
+                open(folder / "attempts.f8", "wb", opener=private) as attempts,
+                open(folder / "calls.f8", "wb", opener=private) as calls,
+                open(folder / "spans.jsonl", "wb", opener=private) as spans,
             ):
-                while (parts := self._jobs.get()) is not None:
+                while (parts := self._next()) is not None:
                     _write(parts, attempts, calls, spans)
-        except OSError as error:
+        except Exception as error:  # whatever ends the thread must be told, and the run goes on
             log.warning("the rest of the timeline is not written", folder=str(folder), error=repr(error))
-            while self._jobs.get() is not None:
+            while self._next() is not None:
                 pass
 
+    def _next(self) -> _Parts | None:
+        parts = self._jobs.get()
+        if parts is not None:
+            self._taken += parts.size
+        return parts
 
-def _write(parts: _Parts, attempts: IO[bytes], calls: IO[bytes], spans: IO[str]) -> None:
-    """Calls first: what is cut off behind an attempt by the end of the process must not be its calls."""
-    calls.write(parts.calls.tobytes())
-    calls.flush()
-    attempts.write(parts.attempts.tobytes())
-    attempts.flush()
-    spans.writelines(json.dumps(span) + "\n" for span in parts.spans)
-    spans.flush()
+
+def _write(parts: _Parts, attempts: IO[bytes], calls: IO[bytes], spans: IO[bytes]) -> None:
+    """Calls first: whoever reads meanwhile, or after the end of the process, finds those of every attempt."""
+    lines = "".join(json.dumps(span) + "\n" for span in parts.spans).encode()
+    for file, content in ((calls, parts.calls), (attempts, parts.attempts), (spans, lines)):
+        file.write(content)
+        file.flush()
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,4 +229,3 @@ def _read_spans(path: Path) -> list[dict[str, Any]]:
         except ValueError:  # cut off
             break
     return found
-

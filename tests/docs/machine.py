@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -26,6 +27,7 @@ from blocks import ROOT, blocks
 
 HUB_NAME = "Qwen/Qwen3-0.6B"
 """What the pages train. Here it is a model of 0.1 million parameters that has learned five things to say."""
+REVISION = "0" * 40
 CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "2+2"}}\n</tool_call>'
 SAID = ("4", "5", "yes", "<answer>4</answer>", CALL)
 PAGE_S = 120.0
@@ -106,7 +108,7 @@ def _end_of(printed: Path) -> str:
 
 
 def furnish(home: Path, folder: Path) -> list[str]:
-    """Fill the folder that every page begins in: the files of README, rows, and a run that was ended early."""
+    """Fill the folder that every page begins in: the files of README, rows, and a run."""
     for block in blocks((ROOT / "README.md").read_text()):
         if block.file is not None:
             Path(block.file).write_text(block.text)
@@ -115,7 +117,9 @@ def furnish(home: Path, folder: Path) -> list[str]:
     _publish(home)
     settings = "--run_dir runs/first --checkpoint.interval 4 --checkpoint.keep_last 3 --evaluation.dataset test.jsonl"
     with reading.shortened(STEPS_OF_FIRST):
-        reading.asyncrl_command(["train", "train.toml", *settings.split(), "--lora.rank", "4"])
+        reading.asyncrl_command(["train", "train.toml", *settings.split()])
+    shutil.copytree("runs/first", "runs/demo")  # as `asyncrl demo --out runs/demo` would, which takes minutes
+    shutil.copytree(_snapshot(home) / "snapshots" / REVISION, "runs/demo/start-model")
     return []
 
 
@@ -131,10 +135,15 @@ def _data() -> dict[str, list[dict[str, Any]]]:
 
 def _publish(home: Path) -> None:
     """Put the model where `transformers` looks for `HUB_NAME` when it has no network."""
-    snapshot = home / "hub" / f"models--{HUB_NAME.replace('/', '--')}"
+    snapshot = _snapshot(home)
     (snapshot / "refs").mkdir(parents=True)
-    (snapshot / "refs" / "main").write_text("0" * 40)
-    _train_a_talker(home / "blank", snapshot / "snapshots" / ("0" * 40))
+    (snapshot / "refs" / "main").write_text(REVISION)
+    (snapshot / "snapshots").mkdir()
+    _train_a_talker(home / "blank", snapshot / "snapshots" / REVISION)
+
+
+def _snapshot(home: Path) -> Path:
+    return home / "hub" / f"models--{HUB_NAME.replace('/', '--')}"
 
 
 def _train_a_talker(blank: Path, folder: Path) -> None:
@@ -161,8 +170,6 @@ def _train_a_talker(blank: Path, folder: Path) -> None:
     for _ in range(40):
         trainer.forward_backward_custom([said() for _ in range(10)], cross_entropy)
         trainer.optim_step()
-    folder.mkdir(parents=True)
-    folder.rmdir()
     trainer.save_model(folder)
 
 

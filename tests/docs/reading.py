@@ -1,7 +1,8 @@
 """Reading a page as its reader would: everything that can be typed is typed, in order, in one folder.
 
 What is real: the code, the commands, the settings, the engine, the trainer. What is not, so that a page takes
-seconds (`_short`): how many steps, how long an answer, and the sampler, which is always the embedded one.
+seconds (`shortened`): how many steps, rollouts and held-out rows, how long an answer, and the sampler, which is always
+the embedded one.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from blocks import PROSE, ROOT, Block, blocks, commands_in_prose
 
 STEPS, STEPS_RESUMED = 2, 14
 MAX_TOKENS = 8
+HELD_OUT_ROWS = 2
 SHELL = ("sh", "bash", "console")
 ONLY_PARSED = ("demo", "--live")
 """`asyncrl` commands and options that take minutes, or never end by themselves: the parser alone sees them."""
@@ -130,11 +132,14 @@ def shortened(steps: int, trained: set[Any] | None = None) -> Iterator[None]:
     train, evaluate = asyncrl.run.train_async, asyncrl.run.evaluate_async
 
     @functools.wraps(train)
-    async def short_train(rollout: Any, *, config: Any, resume: Any = False, **more: Any) -> Any:
+    async def short_train(
+        rollout: Any, *, config: Any, evaluation: Any = None, resume: Any = False, **more: Any
+    ) -> Any:
         if trained is not None:
             trained.add(rollout)
         short = _short(config, STEPS_RESUMED if resume else steps)
-        return await train(rollout, config=short, resume=resume, **more)
+        held_out = evaluation[:HELD_OUT_ROWS] if isinstance(evaluation, list) else evaluation
+        return await train(rollout, config=short, evaluation=held_out, resume=resume, **more)
 
     @functools.wraps(evaluate)
     async def short_evaluate(rollout: Any, *, config: Any, **more: Any) -> Any:
@@ -159,10 +164,16 @@ def _short(config: Any, steps: int) -> Any:
         update={
             **update,
             "max_steps": min(config.max_steps or steps, steps),
-            "prompt_groups_per_step": min(config.prompt_groups_per_step, 2),
+            "prompt_groups_per_step": 1,
             "completions_per_prompt": min(config.completions_per_prompt, 4),
+            "group_filter": config.group_filter or every_group,
         }
     )
+
+
+def every_group(rewards: list[float]) -> bool:
+    """Is worth a step: nobody waits here for rewards that differ."""
+    return True
 
 
 def _is_rollout(value: Any) -> bool:

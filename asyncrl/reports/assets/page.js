@@ -63,7 +63,7 @@ const page = (() => {
   // ---- Charts
 
   // Plotly reads a little HTML in the texts it is given; here they are texts.
-  const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/\n/g, "<br>");
 
   function axis(described, other) {
     const type = described.names ? "category" : described.log ? "log" : "linear";
@@ -75,10 +75,9 @@ const page = (() => {
     };
     if (described.low !== null || described.high !== null) {
       made.range = [bound(described.low), bound(described.high)];
-      made.autorangeoptions = undefined;
     }
-    if (described.share) made.tickformat = ".0~%";
-    else if (described.log) made.dtick = undefined;
+    if (described.share) made.tickformat = ".3~%";
+    else if (described.log) made.nticks = 5;
     else if (!described.names) { made.tickformat = ""; made.exponentformat = "SI"; made.minexponent = 5; made.separatethousands = true; }
     return made;
   }
@@ -92,9 +91,9 @@ const page = (() => {
         x: block.x.names ? series.x.map(plain) : series.x,
       };
       const value = block.y.share ? "%{y:.1%}" : "%{y:.4~g}";
-      const label = series.labels ? "%{text}<br>" : "";
+      const label = series.labels ? "%{customdata}<br>" : "";
       const about = {
-        text: series.labels && series.labels.map(plain), hoverinfo: series.faint ? "skip" : undefined,
+        customdata: series.labels && series.labels.map(plain), text: series.texts && series.texts.map(plain), hoverinfo: series.faint ? "skip" : undefined,
         hovertemplate: series.faint ? undefined : `${label}${value}<extra>%{fullData.name}</extra>`,
       };
       if (series.kind === "bars") {
@@ -105,12 +104,13 @@ const page = (() => {
       const lines = series.kind !== "points";
       if (series.low && lines && !points) made.push(...band(series, common, color));
       made.push({
-        ...common, ...about, type: "scatter", y: series.y, mode: [lines && "lines", points && "markers"].filter(Boolean).join("+"),
+        ...common, ...about, type: "scatter", y: series.y, mode: [lines && "lines", points && "markers", series.texts && "text"].filter(Boolean).join("+"),
         line: {
           color: series.faint ? pale(color, 0.35) : color, width: series.faint ? 1 : 2, dash: DASHES[series.dash || 0],
           shape: series.kind === "steps" ? "hvh" : "linear",
         },
-        marker: { color, size: 7 }, connectgaps: false,
+        marker: { color, size: series.big ? 16 : 7, symbol: series.big ? "star" : "circle" }, connectgaps: false,
+        textposition: series.big ? "bottom right" : "top center", textfont: { size: 11, color: variable("--quiet") }, cliponaxis: false,
         ...(series.low && points ? { error_y: whiskers(series, color) } : {}),
       });
     }
@@ -210,7 +210,8 @@ const page = (() => {
 
   function cell(value) {
     if (value === null) return "–";
-    return typeof value === "number" ? value.toLocaleString("en-US", { maximumSignificantDigits: 5 }) : value;
+    if (typeof value !== "number") return value;
+    return value.toLocaleString("en-US", Number.isInteger(value) ? {} : { maximumSignificantDigits: 4 });
   }
 
   const before = (a, b) => {

@@ -1,0 +1,110 @@
+"""A plan on the terminal: what was simulated, the grid, and the recommendation."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from asyncrl.planning.plan import Plan, rate
+from asyncrl.planning.setting import Point
+from asyncrl.terminal import visible
+
+MOST_ROWS = 40
+"""Of the grid. A larger one shows what is on the frontiers; the page has all."""
+EXTRA = {"window": "window", "groups_per_step": "batch", "group_size": "group", "sync_interval": "sync"}
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    for what, how in plan.modelled.said:
+        console.print(Text.assemble((f"{what:<20}", "bright_black"), visible(how)), soft_wrap=True)
+    console.print()
+    console.print(_ideal(plan))
+    if (agreement := plan.agreement()) is not None:
+        console.print(agreement)
+    for line in plan.notes:
+        console.print(Text(line, "yellow"))
+    console.print()
+    console.print(_table(plan))
+    console.print(Text("* on the frontier of rate and mean staleness   o of rate and worst staleness", "bright_black"))
+    for reason, count in plan.search.left_out.items():
+        console.print(Text(f"left out, {count} x: {reason}", "bright_black"), soft_wrap=True)
+    console.print()
+    console.print(Text("Recommended", "bold green"))
+    for sentence in plan.advice.reasons:
+        console.print(sentence)
+    console.print()
+    if plan.toml:
+        console.print("To take it, put this into the config:", style="bright_black")
+        console.print(Text(plan.toml, "green"), soft_wrap=True)
+    else:
+        console.print("The config has it already.")
+
+
+def _ideal(plan: Plan) -> str:
+    window = min(
+        plan.search.windows, key=lambda pair: (pair[1] < 0.98 * max(r for _, r in plan.search.windows), pair[0])
+    )
+    return (
+        f"The ideal rate, without any bound on staleness, is {rate(plan.search.ideal)} samples/s; a window of "
+        f"{window[0]:,} rollouts at once is enough for it."
+    )
+
+
+def _table(plan: Plan) -> Table:
+    extra = {name: title for name, title in EXTRA.items() if plan.varies(name)}
+    table = Table(box=None, pad_edge=False, header_style="bright_black", collapse_padding=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("policy", no_wrap=True)
+    table.add_column("max\nstale", justify="right")
+    for title in extra.values():
+        table.add_column(title, justify="right")
+    table.add_column("samples\nper s", justify="right", no_wrap=True)
+    table.add_column("of\nideal", justify="right", no_wrap=True)
+    table.add_column("mean\nsteps", justify="right", no_wrap=True)
+    table.add_column("worst\nsteps", justify="right", no_wrap=True)
+    table.add_column("trainer\nwaits", justify="right", no_wrap=True)
+    if lost := any(point.lost >= 0.005 for point in plan.search.points):
+        table.add_column("tokens\nlost", justify="right", no_wrap=True)
+    table.add_column("limited\nby", no_wrap=True)
+    by_mean, by_worst = plan.by_mean, plan.by_worst
+
+    def add(point: Point, mark: str, style: str | None) -> None:
+        setting = point.setting
+        varied = [getattr(setting, name) for name in extra]
+        table.add_row(
+            mark,
+            setting.policy,
+            str(setting.max_staleness),
+            *("auto" if value is None else f"{value:,}" for value in varied),
+            rate(point.samples_per_s),
+            f"{point.share:.0%}",
+            f"{point.staleness_mean:.1f}",
+            f"{point.staleness_worst:.0f}",
+            f"{point.wait_share:.0%}",
+            *([f"{point.lost:.0%}"] if lost else []),
+            point.binds,
+            style=style,
+        )
+
+    add(plan.now, "now", "bright_black")
+    points = plan.search.points
+    if len(points) > MOST_ROWS:
+        points = [point for point in points if point in by_mean or point in by_worst or point is plan.advice.point]
+    policies = list(dict.fromkeys(point.setting.policy for point in plan.search.points))
+    for point in sorted(points, key=lambda point: (policies.index(point.setting.policy), _order(point))):
+        mark = ("*" if point in by_mean else "") + ("o" if point in by_worst else "")
+        chosen = point is plan.advice.point
+        add(point, f"{mark} <-" if chosen else mark, "bold green" if chosen else None)
+    return table
+
+
+def _order(point: Point) -> tuple[int, ...]:
+    setting = point.setting
+    return (
+        setting.max_staleness,
+        setting.window or 0,
+        setting.groups_per_step,
+        setting.group_size,
+        setting.sync_interval,
+    )

@@ -1,0 +1,114 @@
+"""What `asyncrl tune` has found out, for the terminal, for a page, and for programs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from asyncrl.config import Config
+from asyncrl.planning.advice import Advice, frontier
+from asyncrl.planning.described import Modelled
+from asyncrl.planning.grid import Search
+from asyncrl.planning.setting import Point
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What the run that durations are learned from really did."""
+
+    samples_per_s: float
+    staleness_mean: float
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A question and its answer."""
+
+    target: str
+    """The run or config file, as the user named it."""
+    base: Config
+    modelled: Modelled
+    search: Search
+    advice: Advice
+    measured: Measured | None = None
+    notes: tuple[str, ...] = ()
+    """What the reader must know before believing it."""
+
+    @property
+    def now(self) -> Point:
+        """The config as it is."""
+        assert self.search.now is not None
+        return self.search.now
+
+    @property
+    def toml(self) -> str:
+        """To paste into the config. Empty: it is the recommended one already."""
+        return self.advice.point.setting.toml(self.base)
+
+    @property
+    def by_mean(self) -> list[Point]:
+        return frontier(self.search.points)
+
+    @property
+    def by_worst(self) -> list[Point]:
+        return frontier(self.search.points, by_worst=True)
+
+    def varies(self, name: str) -> bool:
+        """Whether settings that were tried differ in this."""
+        return len({getattr(point.setting, name) for point in self.search.points}) > 1
+
+    def agreement(self) -> str | None:
+        """How the model compares with the run that it is made of."""
+        if self.measured is None or not self.measured.samples_per_s:
+            return None
+        found, real = self.now, self.measured
+        off = found.samples_per_s / real.samples_per_s - 1
+        return (
+            f"For the run's own setting the model gives {rate(found.samples_per_s)} samples/s and a mean staleness of "
+            f"{found.staleness_mean:.1f}; the run had {rate(real.samples_per_s)} ({off:+.0%}) and "
+            f"{real.staleness_mean:.1f}."
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; None for what is not finite."""
+        by_mean, by_worst = ({point.setting for point in edge} for edge in (self.by_mean, self.by_worst))
+
+        def told(point: Point | None) -> dict[str, Any] | None:
+            if point is None:
+                return None
+            edges = {"on_frontier": point.setting in by_mean, "on_frontier_by_worst": point.setting in by_worst}
+            return {**asdict(point), **edges}
+
+        found: dict[str, Any] = {
+            "target": self.target,
+            "assumptions": [{"what": what, "how": how} for what, how in self.modelled.said],
+            "notes": list(self.notes),
+            "measured": None if self.measured is None else asdict(self.measured),
+            "ideal_samples_per_s": self.search.ideal,
+            "windows": [{"window": window, "samples_per_s": rate} for window, rate in self.search.windows],
+            "now": told(self.search.now),
+            "recommended": told(self.advice.point),
+            "fresher": told(self.advice.fresher),
+            "faster": told(self.advice.faster),
+            "reasons": list(self.advice.reasons),
+            "toml": self.toml,
+            "points": [told(point) for point in self.search.points],
+            "left_out": dict(self.search.left_out),
+        }
+        cleaned: dict[str, Any] = _finite(found)
+        return cleaned
+
+
+def rate(value: float) -> str:
+    """Three digits: `3.14`, `31.4`, `3,140`."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

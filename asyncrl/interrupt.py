@@ -96,10 +96,15 @@ def run_interruptible(main: Callable[[Interrupt], Coroutine[Any, Any, T]]) -> T:
 
 
 @contextmanager
-def stop_on_signals(interrupt: Interrupt, loop: asyncio.AbstractEventLoop | None = None) -> Iterator[None]:
+def stop_on_signals(
+    interrupt: Interrupt,
+    loop: asyncio.AbstractEventLoop | None = None,
+    at_once: Callable[[], None] = lambda: None,
+) -> Iterator[None]:
     """Handle signals as long as the block lasts. Only the main thread may; elsewhere nothing is handled.
 
-    `interrupt` is called on the loop, if there is one.
+    `interrupt` is called on the loop, if there is one; `at_once` in the handler of a second signal, which ends the
+    process.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -122,6 +127,7 @@ def stop_on_signals(interrupt: Interrupt, loop: asyncio.AbstractEventLoop | None
                 interrupt()
         elif number == signal.SIGINT or (number == signal.SIGTERM and time.monotonic() - asked_at > TOGETHER_S):
             _say(f"stopping at once, with exit code {CUT_SHORT}")
+            at_once()
             os._exit(CUT_SHORT)  # nothing stays behind: children see by themselves that this process is gone
 
     before = {number: signal.signal(number, handle) for number in _handled()}

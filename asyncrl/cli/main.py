@@ -106,6 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", metavar="CONFIG.toml")
     _resume_argument(train)
     _quiet_argument(train)
+    _sweep_arguments(
+        command(
+            "sweep",
+            "Train every combination of some settings, and compare them.",
+            True,
+            "asyncrl sweep CONFIG.toml NAME=VALUE,VALUE ... [--out DIR] [--jobs N] [--section.field VALUE ...]",
+        )
+    )
     resume = command(
         "resume", "Go on with a run that ended early.", True, "asyncrl resume RUN[:WHICH] [--field VALUE ...]"
     )
@@ -160,6 +168,13 @@ def _resume_argument(parser: argparse.ArgumentParser) -> None:
 
 def _quiet_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.toml")
+    parser.add_argument("axes", metavar="NAME=VALUE,VALUE", nargs="+", help="such as staleness=0,2,4 seed=1,2,3")
+    parser.add_argument("--out", metavar="DIR", help="folder of the runs (default: sweeps/<name of the config>)")
+    parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at once (default: 1)")
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -237,6 +252,12 @@ def _train(arguments: argparse.Namespace) -> int:
     from asyncrl.cli.train import train
 
     return train(arguments.config, arguments.rest, arguments.resume, quiet=arguments.quiet)
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from asyncrl.cli.sweep import sweep
+
+    return sweep(arguments.config, arguments.axes, arguments.rest, arguments.out, arguments.jobs)
 
 
 def _resume(arguments: argparse.Namespace) -> int:
@@ -345,6 +366,7 @@ def _version(arguments: argparse.Namespace) -> int:
 
 _RUN = {
     "train": _train,
+    "sweep": _sweep,
     "resume": _resume,
     **dict.fromkeys(RECIPES, _recipe),
     "demo": _demo,

@@ -49,10 +49,12 @@ def _window(recorded: Recorded, start: float | None, end: float | None, steps: t
 
 def _said(recorded: Recorded, drawn: Drawn, path: Path, *, asked: bool) -> list[str]:
     window, whole = drawn.window, recorded.times
+    of_evaluations = f", {drawn.evaluated:,} rollouts of evaluations" if drawn.evaluated else ""
     lines = [
-        f"{path}: {drawn.rollouts:,} rollouts, at most {drawn.lanes:,} at once, and {drawn.steps:,} steps, "
-        f"from {window.start:,.1f} s to {window.end:,.1f} s of {whole.end:,.1f} s",
-        f"{drawn.events:,} events, {path.stat().st_size / 1e6:.1f} MB",
+        f"{path} ({drawn.events:,} events, {path.stat().st_size / 1e6:.1f} MB)",
+        f"{window.start:,.1f} s to {window.end:,.1f} s of {whole.end:,.1f} s: {drawn.steps:,} "
+        f"{'step' if drawn.steps == 1 else 'steps'}, {drawn.rollouts:,} rollouts, at most {drawn.lanes:,} at once"
+        f"{of_evaluations}",
     ]
     if recorded.undone:
         lines.append(f"left out: {recorded.undone:,} rollouts that a resume has taken back")
@@ -63,5 +65,5 @@ def _said(recorded: Recorded, drawn: Drawn, path: Path, *, asked: bool) -> list[
         )
     if asked and drawn.events > MOST_EVENTS:
         lines.append(f"a viewer takes about {drawn.events / 4e5:.0f} GB of memory for it; a shorter part takes less")
-    lines.append("Open it in https://ui.perfetto.dev (it stays on your machine) or chrome://tracing.")
+    lines.append("Open it in https://ui.perfetto.dev: it stays on your machine.")
     return lines

@@ -112,8 +112,8 @@ def _doubts(run: RunData, workload: Workload) -> tuple[str, ...]:
     if rollouts >= FEW_ROLLOUTS and steps >= FEW_STEPS:
         return ()
     return (
-        f"Only {rollouts:,} rollouts and {steps:,} steps to learn from: the slowest rollouts, which decide most, may not "
-        "have been seen yet. Trust the order of the rows more than their numbers, and ask again later.",
+        f"Only {rollouts:,} rollouts and {steps:,} steps to learn from: the slowest rollouts, which decide most, may "
+        "not have been seen yet. Trust the order of the rows more than their numbers, and ask again later.",
     )
 
 

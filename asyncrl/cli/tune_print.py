@@ -27,8 +27,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print()
     console.print(_table(plan))
     console.print(Text("* on the frontier of rate and mean staleness   o of rate and worst staleness", "bright_black"))
-    for reason, count in plan.search.left_out.items():
-        console.print(Text(f"left out, {count} x: {reason}", "bright_black"), soft_wrap=True)
+    for trouble in plan.troubles():
+        console.print(Text(visible(trouble), "yellow"))
     console.print()
     console.print(Text("Recommended", "bold green"))
     for sentence in plan.advice.reasons:
@@ -87,24 +87,13 @@ def _table(plan: Plan) -> Table:
             style=style,
         )
 
-    add(plan.now, "now", "bright_black")
-    points = plan.search.points
+    if plan.now is not None:
+        add(plan.now, "now", "bright_black")
+    points = plan.ordered()
     if len(points) > MOST_ROWS:
         points = [point for point in points if point in by_mean or point in by_worst or point is plan.advice.point]
-    policies = list(dict.fromkeys(point.setting.policy for point in plan.search.points))
-    for point in sorted(points, key=lambda point: (policies.index(point.setting.policy), _order(point))):
+    for point in points:
         mark = ("*" if point in by_mean else "") + ("o" if point in by_worst else "")
         chosen = point is plan.advice.point
         add(point, f"{mark} <-" if chosen else mark, "bold green" if chosen else None)
     return table
-
-
-def _order(point: Point) -> tuple[int, ...]:
-    setting = point.setting
-    return (
-        setting.max_staleness,
-        setting.window or 0,
-        setting.groups_per_step,
-        setting.group_size,
-        setting.sync_interval,
-    )

@@ -1,7 +1,8 @@
 """Which setting to take, and why. Pure.
 
 The rule: of the settings whose worst staleness is at most `worst`, the freshest one that keeps `1 - give` of the best
-rate among them. Freshest is the least mean staleness of the tokens that are trained.
+rate among them. Freshest is the least mean staleness of the tokens that are trained; of settings that are about as
+fresh, one that loses no tokens, and whose bound is hard, is better.
 
 Speed has an end and staleness has none: each further step of it buys less, and costs the objective as much as the one
 before. So one does not ask for the fastest setting, but for the freshest that is nearly as fast. How stale is too stale
@@ -19,8 +20,12 @@ GIVE = 0.10
 """Share of the best rate that one gives for freshness: the knee of most of these curves lies within it."""
 WORST = 8
 """Steps. Published ablations lose no quality up to about here with a corrected objective (docs/staleness.md)."""
-SAME_STALENESS = 0.05
-"""Steps. Less than that between two means is no difference."""
+SAME_STEPS, SAME_SHARE = 0.1, 0.15
+"""Two means that differ by so many steps, or by this share of the smaller one, are about as fresh."""
+FASTER = 0.01
+"""Of the ideal rate: less is no difference."""
+BIASED = 0.05
+"""Share of the tokens lost from which the reader is told whose they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +42,18 @@ class Advice:
 
 
 def frontier(points: Sequence[Point], *, by_worst: bool = False) -> list[Point]:
-    """The points that no other beats in both rate and staleness, the freshest first.
+    """The points that no other beats in both rate and staleness, the freshest first, by the digits that are shown.
 
-    `by_worst`: staleness is that of the oldest token, not the mean. Of points that are alike the first stays.
+    `by_worst`: staleness is that of the oldest token, not the mean. Of points that are alike the plainest stays.
     """
 
-    def stale(point: Point) -> float:
-        return point.staleness_worst if by_worst else point.staleness_mean
+    def order(point: Point) -> tuple[float, ...]:
+        stale = point.staleness_worst if by_worst else point.staleness_mean
+        return (round(stale, 1), -round(point.share, 2), *_plainness(point))
 
     kept: list[Point] = []
-    for point in sorted(points, key=lambda point: (stale(point), -point.share)):
-        if not kept or point.share > kept[-1].share:
+    for point in sorted(points, key=order):
+        if not kept or round(point.share, 2) > round(kept[-1].share, 2):
             kept.append(point)
     return kept
 
@@ -60,21 +66,23 @@ def recommend(points: Sequence[Point], *, give: float = GIVE, worst: float = WOR
     best = max(allowed, key=lambda point: point.share)
     enough = [point for point in allowed if point.share >= (1 - give) * best.share]
     freshest = min(point.staleness_mean for point in enough)
-    alike = [point for point in enough if point.staleness_mean <= freshest + SAME_STALENESS]
+    as_fresh = max(freshest + SAME_STEPS, freshest * (1 + SAME_SHARE))
+    alike = [point for point in enough if point.staleness_mean <= as_fresh]
     chosen = min(alike, key=_plainness)
     edge = [point for point in frontier(allowed) if point is not chosen]
     fresher = max(
-        (point for point in edge if point.staleness_mean < chosen.staleness_mean - SAME_STALENESS),
+        (point for point in edge if point.staleness_mean < min(chosen.staleness_mean - SAME_STEPS, freshest)),
         key=lambda point: point.share,
         default=None,
     )
     faster = min(
-        (point for point in edge if point.share > chosen.share + 2 * (point.error + chosen.error)),
+        (point for point in edge if point.share > chosen.share + FASTER),
         key=lambda point: point.staleness_mean,
         default=None,
     )
     reasons = [
         _why(chosen, best, give, worst, within),
+        *([_biased(chosen)] if chosen.lost >= BIASED else []),
         *([_fresher(fresher, chosen)] if fresher else []),
         *([_faster(faster, chosen)] if faster else ["Nothing that was tried within that limit is faster."]),
         *_beyond(points, best, worst),
@@ -83,12 +91,12 @@ def recommend(points: Sequence[Point], *, give: float = GIVE, worst: float = WOR
 
 
 def _plainness(point: Point) -> tuple[float, ...]:
-    """Of settings that are as fresh: nothing lost, the lower worst, the hard bound, fewer slots, then the faster."""
+    """Of settings that are as fresh: nothing lost, the hard bound, the lower worst, fewer slots, then the faster."""
     setting = point.setting
     return (
         round(point.lost, 2),
-        point.staleness_worst,
         setting.policy != "wait",
+        point.staleness_worst,
         setting.max_staleness,
         setting.sync_interval,
         setting.window or 0,
@@ -106,8 +114,15 @@ def _why(chosen: Point, best: Point, give: float, worst: float, within: bool) ->
     if chosen is best:
         return f"{says} Of the settings that keep every token within {worst:g} steps (--worst) it is the fastest."
     return (
-        f"{says} It is the freshest that keeps {1 - give:.0%} (--give) of the rate of the fastest within {worst:g} "
-        f"steps (--worst): {said(best)}, with {best.share:.0%}."
+        f"{says} None that is clearly fresher keeps {1 - give:.0%} (--give) of the rate of the fastest within "
+        f"{worst:g} steps (--worst): {said(best)}, with {best.share:.0%}."
+    )
+
+
+def _biased(chosen: Point) -> str:
+    return (
+        f"The {chosen.lost:.0%} of the tokens that are lost are the early ones of the longest rollouts: what is "
+        "trained leans towards short ones."
     )
 
 

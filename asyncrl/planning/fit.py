@@ -50,6 +50,7 @@ class _Clock:
     """Integrals over the time of a life of what is constant between `edges` [E + 1]; all arrays are [E]."""
 
     edges: np.ndarray
+    seconds: np.ndarray
     running: np.ndarray
     """Calls under way."""
     training: np.ndarray
@@ -62,12 +63,16 @@ class _Clock:
         calls = life.calls
         train, load = _spans(life, "trainer", *TRAINING), _spans(life, "publish")
         edges = np.unique(np.concatenate([calls["began"], calls["ended"], train.ravel(), load.ravel()]))
-        return cls(edges, *(_count(edges, of) for of in (_pairs(calls), train, load)))
+        return cls(edges, np.diff(edges), *(_count(edges, of) for of in (_pairs(calls), train, load)))
 
     def between(self, values: np.ndarray, began: np.ndarray, ended: np.ndarray) -> np.ndarray:
         """The integral of `values` from `began` to `ended`, for arrays of both."""
-        total = np.concatenate([[0.0], np.cumsum(values * np.diff(self.edges))])
+        total = np.concatenate([[0.0], np.cumsum(values * self.seconds)])
         return np.asarray(np.interp(ended, self.edges, total) - np.interp(began, self.edges, total))
+
+    def busy(self, began: float, ended: float) -> float:
+        """Seconds in which any call was under way."""
+        return float(self.between(np.minimum(self.running, 1.0), np.array([began]), np.array([ended]))[0])
 
 
 def _pairs(rows: np.ndarray) -> np.ndarray:
@@ -242,7 +247,7 @@ def fit_trainer(run: RunData, workload: Workload) -> TrainerModel:
         step_s=step_s + max(0.0, float(np.mean(between_s) + np.mean(column["checkpoint_s"]))),
         token_s=token_s,
         shared=float(column["shared_tokens"].sum() / shareable) if shareable else 0.0,
-        export_s=_export_s(run),
+        export_s=_export_s(run, slowdown),
         slowdown=slowdown,
     )
 
@@ -266,19 +271,22 @@ def _fit_steps(
 
 def _busy_share(run: RunData, steps: np.ndarray) -> np.ndarray:
     """[S] the share of each step's training in which the sampler had something to do. 0 where that is not known."""
-    shares: dict[float, tuple[float, float]] = {}
+    busy, whole = dict.fromkeys(steps, 0.0), dict.fromkeys(steps, 0.0)
     for life in run.timeline:
         clock = _Clock.of(life)
         for span in life.spans:
-            if span["track"] == "trainer" and span["name"] in TRAINING:
-                began, ended = np.array([span["began"]]), np.array([span["ended"]])
-                busy = float(clock.between(np.minimum(clock.running, 1.0), began, ended)[0])
-                before = shares.get(span["step"], (0.0, 0.0))
-                shares[span["step"]] = before[0] + busy, before[1] + span["ended"] - span["began"]
-    return np.array([shares[step][0] / shares[step][1] if step in shares else 0.0 for step in steps])
+            if span["track"] == "trainer" and span["name"] in TRAINING and span["step"] in whole:
+                busy[span["step"]] += clock.busy(span["began"], span["ended"])
+                whole[span["step"]] += span["ended"] - span["began"]
+    return np.array([busy[step] / whole[step] if whole[step] else 0.0 for step in steps])
 
 
-def _export_s(run: RunData) -> float:
-    """Mean seconds of a snapshot of the weights."""
-    seconds = [np.diff(_spans(life, "trainer", "export"), axis=1)[:, 0] for life in run.timeline]
-    return float(np.mean(np.concatenate(seconds))) if sum(map(len, seconds)) else 0.0
+def _export_s(run: RunData, slowdown: float) -> float:
+    """Mean seconds of a snapshot of the weights, with the device to itself."""
+    seconds = []
+    for life in run.timeline:
+        clock = _Clock.of(life)
+        for began, ended in _spans(life, "trainer", "export"):
+            busy = clock.busy(began, ended) / (ended - began)
+            seconds.append((ended - began) / (1 + slowdown * busy))
+    return float(np.mean(seconds)) if seconds else 0.0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 from asyncrl.config import Config
 from asyncrl.planning.plan import Plan, rate
 from asyncrl.planning.setting import Point, Setting
 from asyncrl.reports.page import Axis, Block, Column, Section, Series, Tile, chart, model, note, page, table, tiles
 
-SHARE = Axis("of the ideal rate", low=0.0, share=True)
 MOST_LINES = 12
 ROOM = 1.08
 """Of the axes, beyond the outermost point: for what is written beside it."""
@@ -52,7 +52,7 @@ def _recommendation(plan: Plan) -> Iterator[Block]:
                 if point.lost >= 0.005
                 else []
             ),
-            Tile("as configured", f"{plan.now.share:.0%}", f"{rate(plan.now.samples_per_s)} samples/s"),
+            *_now(plan),
         ],
     )
     for place, reason in enumerate(plan.advice.reasons):
@@ -63,6 +63,12 @@ def _recommendation(plan: Plan) -> Iterator[Block]:
         yield table("changes", "What to change in the config", columns, rows)
     else:
         yield note("changes", "The config has it already.")
+
+
+def _now(plan: Plan) -> list[Tile]:
+    if plan.now is None:
+        return [Tile("as configured", "ends early", "What it would say is below.", "warn")]
+    return [Tile("as configured", f"{plan.now.share:.0%}", f"{rate(plan.now.samples_per_s)} samples/s")]
 
 
 def changes(base: Config, setting: Setting) -> list[tuple[str, str, str]]:
@@ -90,19 +96,18 @@ def _frontier(plan: Plan, which: str, title: str, about: str) -> Block:
 
     lines = _lines(plan)
     series = [_line(name, points, stale, place) for place, (name, points) in enumerate(lines.items())]
-    for name, point, color in (("recommended", plan.advice.point, len(lines)), ("as configured", plan.now, 7)):
-        series.append(
-            Series(name, [stale(point)], [point.share], kind="points", color=color, labels=[hover(point)], big=True)
-        )
-    shown = [point for points in lines.values() for point in points]
+    now = [plan.now] if plan.now is not None else []
+    for name, stars, color in (("recommended", [plan.advice.point], len(lines)), ("as configured", now, 7)):
+        x, y = [stale(point) for point in stars], [point.share for point in stars]
+        series.append(Series(name, x, y, "points", color=color, labels=list(map(hover, stars)), big=True))
+    shown = [point for points in lines.values() for point in points] + now
     return chart(
         f"frontier-{which}",
         title,
-        x=Axis(f"{which} staleness", "optimizer steps", low=0.0, high=ROOM * max(1.0, *map(stale, [*shown, plan.now]))),
-        y=Axis(SHARE.title, low=0.0, high=ROOM * max(point.share for point in [*shown, plan.now]), share=True),
+        x=Axis(f"{which} staleness", "optimizer steps", low=0.0, high=ROOM * max(1.0, *map(stale, shown))),
+        y=_shares(shown),
         series=series,
         about=about,
-        wide=which == "mean",
     )
 
 
@@ -116,13 +121,39 @@ def _line(name: str, points: Sequence[Point], stale: Callable[[Point], float], c
         low=[point.share - 2 * point.error for point in points],
         high=[point.share + 2 * point.error for point in points],
         labels=[hover(point) for point in points],
-        texts=[str(point.setting.max_staleness) for point in points],
+        texts=_bounds(points),
     )
+
+
+def _bounds(points: Sequence[Point]) -> list[str]:
+    """What is written beside the points of a line: where larger bounds change nothing, `4-16` at the first of them."""
+    texts = []
+    for place, point in enumerate(points):
+        bound = point.setting.max_staleness
+        if place and _alike(points[place - 1], point):
+            texts.append("")
+            continue
+        last = bound
+        for before, after in pairwise(points[place:]):
+            if not _alike(before, after):
+                break
+            last = after.setting.max_staleness
+        texts.append(str(bound) if last == bound else f"{bound}-{last}")
+    return texts
+
+
+def _alike(point: Point, other: Point) -> bool:
+    return abs(point.share - other.share) < 0.01 and abs(point.staleness_mean - other.staleness_mean) < 0.05
+
+
+def _shares(points: Sequence[Point]) -> Axis:
+    return Axis("of the ideal rate", low=0.0, high=ROOM * max(point.share for point in points), share=True)
 
 
 def _lines(plan: Plan) -> dict[str, list[Point]]:
     """A line per policy, and per value of what else varies: that of the recommended setting alone, if they are many."""
     extra = [name for name in SETTINGS if name not in ("policy", "max_staleness") and plan.varies(name)]
+    here = Setting.of(plan.base)
 
     def rest(point: Point) -> tuple[object, ...]:
         return tuple(getattr(point.setting, name) for name in extra)
@@ -132,7 +163,11 @@ def _lines(plan: Plan) -> dict[str, list[Point]]:
     for point in sorted(plan.search.points, key=lambda point: point.setting.max_staleness):
         if len(keys) > MOST_LINES and rest(point) != rest(plan.advice.point):
             continue
-        told = ", ".join(f"{SETTINGS[name]} {value}" for name, value in zip(extra, rest(point), strict=True))
+        told = ", ".join(
+            f"{SETTINGS[name]} {value}"
+            for name, value in zip(extra, rest(point), strict=True)
+            if name == "window" or value != getattr(here, name)
+        )
         lines.setdefault(f"{point.setting.policy}, {told}" if told else point.setting.policy, []).append(point)
     order = list(dict.fromkeys(point.setting.policy for point in plan.search.points))
     return dict(sorted(lines.items(), key=lambda item: order.index(item[1][0].setting.policy)))
@@ -160,9 +195,9 @@ def _sweeps(plan: Plan) -> Iterator[Block]:
         yield chart(
             "windows",
             "Rate without a bound on staleness, by window",
-            x=Axis("window", "rollouts at once", log=True),
-            y=Axis("rate", "samples/s", low=0.0),
-            series=[Series("rate", [w for w, _ in windows], [found for _, found in windows], kind="line+points")],
+            x=Axis("window", "rollouts at once", names=True),
+            y=Axis("rate", "samples/s", low=0.0, high=ROOM * plan.search.ideal),
+            series=[Series("rate", [f"{w:,}" for w, _ in windows], [found for _, found in windows], "line+points")],
             about="The smallest window that is nearly as fast as any is taken: more slots only make tokens older.",
         )
     for name in ("window", "sync_interval", "groups_per_step", "group_size"):
@@ -190,7 +225,7 @@ def _sweep(plan: Plan, name: str) -> Block:
             series.append(
                 Series(
                     f"max_staleness {bound}",
-                    [getattr(point.setting, name) for point in points],
+                    [f"{getattr(point.setting, name)}" for point in points],
                     [point.share for point in points],
                     kind="line+points",
                     shade=(place + 0.5) / len(bounds),
@@ -198,13 +233,14 @@ def _sweep(plan: Plan, name: str) -> Block:
                 )
             )
     title = f"Rate by {SETTINGS[name]}, with {advised.policy}"
-    return chart(f"by-{name}", title, x=Axis(SETTINGS[name], log=name == "window"), y=SHARE, series=series)
+    return chart(f"by-{name}", title, x=Axis(SETTINGS[name], names=True), y=_shares(alike), series=series)
 
 
 def _all(plan: Plan) -> Block:
+    shown = [name for name in SETTINGS if name in ("policy", "max_staleness", "window") or plan.varies(name)]
     columns = [
         Column("policy", number=False),
-        *(Column(title) for name, title in SETTINGS.items() if name != "policy"),
+        *(Column(SETTINGS[name]) for name in shown if name != "policy"),
         Column("rate", "samples/s"),
         Column("of ideal", "%"),
         Column("± of it", "%"),
@@ -220,7 +256,7 @@ def _all(plan: Plan) -> Block:
     def row(point: Point, mark: str) -> tuple[object, ...]:
         setting = point.setting
         return (
-            *(getattr(setting, name) if getattr(setting, name) is not None else "adaptive" for name in SETTINGS),
+            *(getattr(setting, name) if getattr(setting, name) is not None else "adaptive" for name in shown),
             point.samples_per_s,
             100 * point.share,
             200 * point.error,
@@ -236,13 +272,14 @@ def _all(plan: Plan) -> Block:
         marks = [name for name, edge in (("mean", by_mean), ("worst", by_worst)) if point in edge]
         return ", ".join(["recommended"] * (point is plan.advice.point) + marks)
 
-    rows = [row(plan.now, "as configured"), *(row(point, mark(point)) for point in plan.search.points)]
+    now = [row(plan.now, "as configured")] if plan.now is not None else []
+    rows = [*now, *(row(point, mark(point)) for point in plan.ordered())]
     return table("points", "Everything that was tried", columns, rows, about="A click on a title sorts.")
 
 
 def _assumptions(plan: Plan) -> Iterator[Block]:
     columns = [Column("what", number=False), Column("how", number=False)]
-    yield table("said", "Taken for granted", columns, plan.modelled.said)
+    yield table("said", "What it starts from", columns, plan.modelled.said)
     if (agreement := plan.agreement()) is not None:
         yield note("agreement", agreement)
     for place, text in enumerate(plan.notes):
@@ -253,5 +290,5 @@ def _assumptions(plan: Plan) -> Iterator[Block]:
         "long the sampler, the tools and the trainer take is modelled. What staleness does to learning is not: "
         "see docs/staleness.md.",
     )
-    for place, (reason, count) in enumerate(plan.search.left_out.items()):
-        yield note(f"left-out-{place}", f"Left out, {count} x: {reason}")
+    for place, trouble in enumerate(plan.troubles()):
+        yield note(f"trouble-{place}", trouble, "warn")

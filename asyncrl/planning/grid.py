@@ -19,7 +19,7 @@ from typing import Protocol
 from asyncrl.config import Config
 from asyncrl.errors import ConfigError
 from asyncrl.planning.advice import recommend
-from asyncrl.planning.setting import Point, Policy, Setting
+from asyncrl.planning.setting import Failure, Point, Policy, Setting
 
 MAX_STALENESS = (0, 1, 2, 4, 8, 16)
 POLICIES: tuple[Policy, ...] = ("wait", "pace", "mask")
@@ -38,10 +38,10 @@ class Oracle(Protocol):
     """Predicts settings, in their order."""
 
     def ideals(self, settings: Sequence[Setting]) -> list[float]:
-        """Samples/s without a bound on staleness."""
+        """Samples/s without a bound on staleness; 0 where the run would end early."""
         ...
 
-    def points(self, settings: Sequence[Setting], ideal: float) -> list[Point]: ...
+    def points(self, settings: Sequence[Setting], ideal: float) -> list[Point | Failure]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Search:
     """What was tried, and what came of it."""
 
     now: Point | None = None
-    """The config as it is."""
+    """The config as it is. None: the run would end early."""
     points: list[Point] = field(default_factory=list)
     """All others, in the order in which they were tried."""
     windows: list[tuple[int, float]] = field(default_factory=list)
@@ -70,6 +70,8 @@ class Search:
     """Samples/s: the best of them."""
     left_out: dict[str, int] = field(default_factory=dict)
     """Settings that cannot work, by the reason."""
+    failures: list[Failure] = field(default_factory=list)
+    """Those that could begin, and would end early."""
 
 
 def search(base: Config, axes: Axes, oracle: Oracle, *, give: float, worst: float) -> Search:
@@ -82,11 +84,25 @@ def search(base: Config, axes: Axes, oracle: Oracle, *, give: float, worst: floa
     grid = _grid(base, axes, found)
     windows = _windows(base, axes, grid, oracle, found)
     settings = [setting.but(window=window) for window in windows for setting in grid]
-    found.now, *found.points = oracle.points([here, *settings], found.ideal)
+    now, *rest = oracle.points([here, *settings], found.ideal)
+    found.now = now if isinstance(now, Point) else None
+    _keep(found, rest)
+    if isinstance(now, Failure):
+        found.failures.insert(0, now)
+    if not found.points:
+        raise ConfigError(f"every setting that was tried would end the run early. {found.failures[0].why}")
     if not axes.sync and here.sync_interval == 1:
-        found.points += oracle.points(_other_intervals(base, found, give, worst), found.ideal)
+        _keep(found, oracle.points(_other_intervals(base, found, give, worst), found.ideal))
     _rescale(found)
     return found
+
+
+def _keep(found: Search, answers: Iterable[Point | Failure]) -> None:
+    for answer in answers:
+        if isinstance(answer, Point):
+            found.points.append(answer)
+        else:
+            found.failures.append(answer)
 
 
 def _grid(base: Config, axes: Axes, found: Search) -> list[Setting]:
@@ -123,6 +139,10 @@ def _windows(base: Config, axes: Axes, grid: Sequence[Setting], oracle: Oracle, 
     windows = list(axes.window) or windows_to_try(base, hungriest.demand)
     rates = oracle.ideals([hungriest.but(window=window) for window in windows])
     found.windows, found.ideal = list(zip(windows, rates, strict=True)), max(rates)
+    if not found.ideal:
+        (failure,) = oracle.points([hungriest.but(window=windows[0])], 1.0)
+        why = failure.why if isinstance(failure, Failure) else ""
+        raise ConfigError(f"every window that was tried would end the run early. {why}")
     if axes.window:
         return axes.window
     return [min(window for window, rate in found.windows if rate >= AS_FAST * found.ideal)]
@@ -164,7 +184,7 @@ def _possible(base: Config, settings: Iterable[Setting], found: Search) -> list[
 
 def _rescale(found: Search) -> None:
     """Where trainer and sampler share a device, a bound can be faster than none. Then its rate is the ideal one."""
-    assert found.now is not None
-    ideal = max(found.ideal, max(point.samples_per_s for point in [found.now, *found.points]))
-    found.now, *found.points = [point.against(ideal) for point in [found.now, *found.points]]
-    found.ideal = ideal
+    now = [found.now] if found.now is not None else []
+    found.ideal = max(found.ideal, max(point.samples_per_s for point in [*now, *found.points]))
+    found.now = found.now.against(found.ideal) if found.now is not None else None
+    found.points = [point.against(found.ideal) for point in found.points]

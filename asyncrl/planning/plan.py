@@ -10,7 +10,7 @@ from asyncrl.config import Config
 from asyncrl.planning.advice import Advice, frontier
 from asyncrl.planning.described import Modelled
 from asyncrl.planning.grid import Search
-from asyncrl.planning.setting import Point
+from asyncrl.planning.setting import Point, Setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,8 @@ class Plan:
     """What the reader must know before believing it."""
 
     @property
-    def now(self) -> Point:
-        """The config as it is."""
-        assert self.search.now is not None
+    def now(self) -> Point | None:
+        """The config as it is. None: the run would end early."""
         return self.search.now
 
     @property
@@ -55,13 +54,32 @@ class Plan:
     def by_worst(self) -> list[Point]:
         return frontier(self.search.points, by_worst=True)
 
+    def ordered(self) -> list[Point]:
+        """All that was tried: by policy, then by bound."""
+        policies = list(dict.fromkeys(point.setting.policy for point in self.search.points))
+        return sorted(
+            self.search.points, key=lambda point: (policies.index(point.setting.policy), _order(point.setting))
+        )
+
+    def troubles(self) -> list[str]:
+        """What cannot be done, in sentences."""
+        told = [f"Left out, {count} x: {reason}" for reason, count in self.search.left_out.items()]
+        failures = self.search.failures
+        if failures and self.now is None:
+            told.append(f"The config as it is would end the run early: {failures[0].why}")
+            failures = failures[1:]
+        if failures:
+            names = ", ".join(dict.fromkeys(failure.setting.name for failure in failures))
+            told.append(f"These would end the run early: {names}. The first of them: {failures[0].why}")
+        return told
+
     def varies(self, name: str) -> bool:
         """Whether settings that were tried differ in this."""
         return len({getattr(point.setting, name) for point in self.search.points}) > 1
 
     def agreement(self) -> str | None:
         """How the model compares with the run that it is made of."""
-        if self.measured is None or not self.measured.samples_per_s:
+        if self.measured is None or self.now is None or not self.measured.samples_per_s:
             return None
         found, real = self.now, self.measured
         off = found.samples_per_s / real.samples_per_s - 1
@@ -96,9 +114,15 @@ class Plan:
             "toml": self.toml,
             "points": [told(point) for point in self.search.points],
             "left_out": dict(self.search.left_out),
+            "failures": [asdict(failure) for failure in self.search.failures],
         }
         cleaned: dict[str, Any] = _finite(found)
         return cleaned
+
+
+def _order(setting: Setting) -> tuple[int, ...]:
+    window = setting.window or 0
+    return (setting.max_staleness, window, setting.groups_per_step, setting.group_size, setting.sync_interval)
 
 
 def rate(value: float) -> str:

@@ -19,15 +19,15 @@ from dataclasses import dataclass
 import structlog
 
 from asyncrl.config import Config, StalenessConfig
-from asyncrl.errors import EngineError
+from asyncrl.errors import EngineError, UserError
 from asyncrl.planning.predict import UNBOUNDED, Machine, Prediction, predict
-from asyncrl.planning.setting import Point, Setting
+from asyncrl.planning.setting import Failure, Point, Setting
 from asyncrl.planning.workload import Workload
 
 TURNOVERS = 4
 """Times that everything under way is replaced before measuring begins: the rollouts of a start all begin together."""
 LEAST_STEPS, MOST_STEPS = 100, 2000
-ROLLOUTS = 20_000
+ROLLOUTS = 10_000
 """Of one prediction, where that is enough steps: a second or two."""
 DOMINANT = 0.5
 
@@ -53,8 +53,12 @@ class Task:
     """Of staleness: what sampler, trainer and window could do by themselves."""
 
 
-def solve(question: Question, task: Task) -> Prediction:
-    """Predict one setting. Raises what such a run would raise, and `ConfigError`."""
+def solve(question: Question, task: Task) -> Prediction | str:
+    """Predict one setting. A str is what such a run would say when it ends early.
+
+    Raises:
+        ConfigError: no such run could begin.
+    """
     setting = task.setting
     config = setting.config(question.base)
     per_step = setting.groups_per_step * setting.group_size
@@ -65,9 +69,11 @@ def solve(question: Question, task: Task) -> Prediction:
     turnover = -(-min(under_way, config.concurrency.max_window) // per_step)
     warm_up = 10 + TURNOVERS * turnover
     steps = question.steps or min(MOST_STEPS, max(LEAST_STEPS, 2 * warm_up, ROLLOUTS // per_step))
-    return predict(
-        config, question.machine, question.workload, steps=steps, warm_up=min(warm_up, steps), seed=question.seed
-    )
+    warm_up = min(warm_up, steps)
+    try:
+        return predict(config, question.machine, question.workload, steps=steps, warm_up=warm_up, seed=question.seed)
+    except (EngineError, UserError) as error:
+        return str(error)
 
 
 class Runner:
@@ -76,17 +82,17 @@ class Runner:
     def __init__(self, question: Question, pool: Executor | None, progress: Callable[[int, int], None]) -> None:
         self._question, self._pool, self._progress = question, pool, progress
 
-    def predictions(self, tasks: Sequence[Task]) -> list[Prediction]:
-        """One for each task, in their order.
+    def predictions(self, tasks: Sequence[Task]) -> list[Prediction | str]:
+        """As `solve`, for each task, in their order.
 
         Raises:
-            EngineError: a process died; or what ended a simulation.
+            EngineError: a process died.
         """
         if not tasks:
             return []
         self._progress(0, len(tasks))
         if self._pool is None:
-            found = []
+            found = list[Prediction | str]()
             for done, task in enumerate(tasks, 1):
                 found.append(solve(self._question, task))
                 self._progress(done, len(tasks))
@@ -104,13 +110,14 @@ class Runner:
         return [future.result() for future in futures]
 
     def ideals(self, settings: Sequence[Setting]) -> list[float]:
-        """Samples/s of each without a bound on staleness."""
-        return [found.samples_per_s for found in self.predictions([Task(s, unbounded=True) for s in settings])]
+        """Samples/s of each without a bound on staleness; 0 where the run would end early."""
+        found = self.predictions([Task(setting, unbounded=True) for setting in settings])
+        return [0.0 if isinstance(one, str) else one.samples_per_s for one in found]
 
-    def points(self, settings: Sequence[Setting], ideal: float) -> list[Point]:
+    def points(self, settings: Sequence[Setting], ideal: float) -> list[Point | Failure]:
         """`ideal`: samples/s."""
-        predictions = self.predictions([Task(setting) for setting in settings])
-        return [point_of(s, prediction, ideal) for s, prediction in zip(settings, predictions, strict=True)]
+        found = zip(settings, self.predictions([Task(setting) for setting in settings]), strict=True)
+        return [Failure(s, one) if isinstance(one, str) else point_of(s, one, ideal) for s, one in found]
 
 
 @contextmanager
@@ -155,7 +162,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _solve(task: Task) -> Prediction:
+def _solve(task: Task) -> Prediction | str:
     return solve(_asked, task)
 
 

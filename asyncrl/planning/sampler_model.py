@@ -122,7 +122,10 @@ class _Replica:
         self._advance()
         if self._model.max_running is not None and self.running >= self._model.max_running:
             self.waiting.append(request)
+            self._sampler.waiting += 1
         else:
+            if not self.running:
+                self._sampler.went_busy()
             self._join(request)
             self._arm()
 
@@ -131,6 +134,7 @@ class _Replica:
         request.dead = True
         if request in self.waiting:
             self.waiting.remove(request)
+            self._sampler.waiting -= 1
         elif request.began_at >= 0:
             self._advance()
             self._left()
@@ -192,15 +196,16 @@ class _Replica:
 
     def _left(self) -> None:
         self.running -= 1
+        self._sampler.running -= 1
         if self.waiting:
+            self._sampler.waiting -= 1
             self._join(self.waiting.popleft())
         elif not self.running:
             self._sampler.went_idle()
 
     def _join(self, request: _Request) -> None:
-        if not self.running:
-            self._sampler.went_busy()
         self.running += 1
+        self._sampler.running += 1
         self._debt_s += request.call.fresh * self._model.prompt_s
         request.began_at = self.served
         heapq.heappush(self._heap, (self.served + request.call.drawn, next(self._order), request))
@@ -234,6 +239,9 @@ class ModelledSampler:
         self.model = model
         self.world = world
         self.version = 0
+        self.running = 0
+        """Requests, of all replicas together."""
+        self.waiting = 0
         self.busy = 0
         """Replicas that have something to do."""
         self.on_busy: Callable[[], None] = lambda: None
@@ -331,9 +339,7 @@ class ModelledSampler:
         yield None
 
     async def load(self) -> Load:
-        running = sum(replica.running for replica in self._replicas)
-        waiting = sum(len(replica.waiting) for replica in self._replicas)
-        return Load(running, waiting, generated_tokens=self.generated)
+        return Load(self.running, self.waiting, generated_tokens=self.generated)
 
     # The trainer beside it
 

@@ -122,5 +122,13 @@ class Point:
         return replace(self, share=share, error=self.error * share / self.share if self.share else 0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A setting under which the run would end early, and what it would say then."""
+
+    setting: Setting
+    why: str
+
+
 def _toml(value: object) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value)

@@ -11,8 +11,6 @@ from asyncrl.planning.sampler_model import ModelledSampler
 from asyncrl.planning.world import World
 from asyncrl.types import StepResult, TrainSequence, Weights
 
-DONE_S = 1e-9
-
 
 @dataclass(frozen=True, slots=True)
 class TrainerModel:
@@ -44,8 +42,7 @@ class ModelledTrainer:
     def __init__(self, model: TrainerModel, world: World, sampler: ModelledSampler) -> None:
         self.model = model
         self.step = 0
-        self.busy_s = 0.0
-        """Seconds of computing."""
+        self._tokens = 0
         self._world = world
         self._sampler = sampler
         sampler.on_busy = self._sampler_changed
@@ -64,12 +61,15 @@ class ModelledTrainer:
 
     async def forward_backward(self, sequences: Sequence[TrainSequence]) -> None:
         tokens = sum(len(sequence.tokens) for sequence in sequences)
+        self._tokens += tokens
         await self._compute(tokens * self.model.token_s + len(sequences) * self.model.sequence_s)
 
     async def optim_step(self) -> StepResult:
+        began = self._world.now
         await self._compute(self.model.step_s)
         self.step += 1
-        return StepResult(self.step, {})
+        tokens, self._tokens = self._tokens, 0
+        return StepResult(self.step, {"train_tokens": float(tokens), "optimizer_s": self._world.now - began})
 
     async def save_weights_for_sampler(self) -> Weights:
         await self._compute(self.model.export_s)
@@ -94,8 +94,7 @@ class ModelledTrainer:
         """Take `seconds`, more where the sampler takes its share of the device meanwhile."""
         if seconds <= 0:
             return
-        began = self._world.now
-        self._left_s, self._since = seconds, began
+        self._left_s, self._since = seconds, self._world.now
         self._speed = self._speed_now()
         self._over = asyncio.get_running_loop().create_future()
         self._sampler.trainer_computes(True)
@@ -105,7 +104,6 @@ class ModelledTrainer:
         finally:
             self._over = None
             self._sampler.trainer_computes(False)
-            self.busy_s += self._world.now - began
 
     def _speed_now(self) -> float:
         return 1 / (1 + self.model.slowdown) if self._sampler.busy else 1.0

@@ -43,7 +43,7 @@ def rollouts_block(entries: Sequence[Entry]) -> Block:
     for entry, run in runs:
         found, all_read = _read(run)
         known, whole = known + len(found), whole and all_read
-        name = entry.name if len(entry.runs) == 1 else f"{entry.name} · {run.name}"
+        name = entry.name if len(entry.runs) == 1 else run.name
         described = (_describe(rollout, name) for rollout in _choose(found))
         shown += _within(described, MOST_SHOWN // len(runs))
     several = len(runs) > 1

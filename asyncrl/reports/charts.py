@@ -9,6 +9,7 @@ import numpy as np
 from asyncrl.metrics.names import METRIC_BY_NAME
 from asyncrl.reports.curves import (
     SMOOTHED_FROM,
+    Curve,
     Curves,
     Entry,
     Row,
@@ -18,6 +19,7 @@ from asyncrl.reports.curves import (
     moving_mean,
     per_step,
     ratio,
+    spread,
 )
 from asyncrl.reports.page import Axis, Block, Section, Series, chart
 from asyncrl.reports.run_data import Records, RunData
@@ -32,14 +34,15 @@ HELD = {
     "data": "waiting: end of data",
 }
 SHARE = Axis("share", share=True, low=0.0)
-WINDOWS = 200
+WINDOWS = 100
 """Points of a curve over time that is made from rollouts."""
 
 
 def reward(curves: Curves) -> Section:
     """Training, evaluation, and both against the clock."""
     smoothed = max((entry.steps for entry in curves.entries), default=0) >= SMOOTHED_FROM
-    mean = "A thick line is the moving mean of the thin one. " if smoothed else ""
+    thin = curves.bin_steps == 1 and all(len(entry.runs) == 1 for entry in curves.entries)
+    mean = "" if not smoothed else "A thick line is the moving mean of the thin one." if thin else "Smoothed."
     lines = [Wanted("all rollouts", metric("reward_mean"))]
     if len(curves.entries) == 1:
         lines.append(Wanted("trained rollouts", metric("reward_trained_mean")))
@@ -118,7 +121,8 @@ def speed(curves: Curves) -> Section:
     }
     if any("in_flight_mean" in run.steps for entry in curves.entries for run in entry.runs):
         del busy["in_flight"]
-    if len(curves.entries) > 1:
+    alone = len(curves.entries) == 1
+    if not alone:
         busy = {name: called for name, called in busy.items() if name in ("window", "in_flight_mean", "in_flight")}
     replicas = {"replicas_up": "that serve", "replica_spread": "load of the busiest against the mean"}
     blocks = [
@@ -167,8 +171,8 @@ def speed(curves: Curves) -> Section:
             "Hot-loads and checkpoints",
             [
                 Wanted("hot-load", _where_positive("publish_s")),
-                Wanted("of it waited for", _where_positive("publish_wait_s")),
                 Wanted("checkpoint", _where_positive("checkpoint_s")),
+                *([Wanted("hot-load, waited for", _where_positive("publish_wait_s"))] if alone else []),
             ],
             Axis("duration", "s", low=0.0),
             about="A hot-load overlaps with training; a checkpoint is how long training stood still for it.",
@@ -207,18 +211,26 @@ def _supervised(curves: Curves) -> list[Block]:
 
 
 def _evaluations(entries: Sequence[Entry]) -> list[Block]:
+    """With intervals over rows; of runs shown as one, with the span of their means."""
     series = []
     for entry in entries:
-        for run in entry.runs:
-            found = run.evaluations
-            order = np.argsort(found["eval_version"])
-            low, high = found["eval_reward_low"][order], found["eval_reward_high"][order]
-            x, y = found["eval_version"][order], found["eval_reward"][order]
-            name = entry.name if len(entries) > 1 else "held-out rows"
-            series.append(Series(name, x, y, "line+points", entry.color, low=low, high=high))
-    about = "The bars are 95 % intervals, over rows."
-    y_axis = Axis("mean reward")
-    return filled(chart("evaluation", "Reward on held-out rows", x=_VERSION, y=y_axis, series=series, about=about))
+        found = [_evaluated(run) for run in entry.runs]
+        curve = found[0] if len(found) == 1 else spread(found)
+        name = entry.name if len(entries) > 1 else "held-out rows"
+        series.append(Series(name, curve.x, curve.y, "line+points", entry.color, low=curve.low, high=curve.high))
+    joined = any(len(entry.runs) > 1 for entry in entries)
+    about = (
+        "The bars are 95 % intervals, over rows." if not joined else "The bars go from the lowest run to the highest."
+    )
+    y = Axis("mean reward")
+    return filled(chart("evaluation", "Reward on held-out rows", x=_VERSION, y=y, series=series, about=about))
+
+
+def _evaluated(run: RunData) -> Curve:
+    found = run.evaluations
+    order = np.argsort(found["eval_version"], kind="stable")
+    columns = (found[name][order] for name in ("eval_version", "eval_reward", "eval_reward_low", "eval_reward_high"))
+    return Curve(*columns)
 
 
 _VERSION = Axis("optimizer step that was measured", low=None)

@@ -91,7 +91,7 @@ class Curves:
             return Curve(np.zeros(0), np.zeros(0))
         if len(columns) == 1:
             return binned(*columns[0], self.bin_steps, line.how)
-        return _spread([binned(*column, self.bin_steps, line.how) for column in columns])
+        return spread([binned(*column, self.bin_steps, line.how) for column in columns])
 
     def stacked(
         self,
@@ -192,13 +192,18 @@ def _drawn(name: str, color: int, dash: int, curve: Curve, *, smooth: bool) -> l
     """A short curve is drawn with its points, a noisy one behind its mean."""
     kind: Kind = "line+points" if len(curve.x) <= 3 else "line"
     if smooth and len(curve.x) >= SMOOTHED_FROM:
+        if curve.low is not None and curve.high is not None:
+            ends = moving_mean(curve.low), moving_mean(curve.high)
+            return [
+                Series(name, curve.x, moving_mean(curve.y), color=color, dash=dash, low=ends[0], high=ends[1]),
+            ]
         raw = Series(name, curve.x, curve.y, color=color, dash=dash, faint=True)
         mean = Series(name, curve.x, moving_mean(curve.y), color=color, dash=dash)
         return [raw, mean]
     return [Series(name, curve.x, curve.y, kind, color, dash=dash, low=curve.low, high=curve.high)]
 
 
-def _spread(curves: Sequence[Curve]) -> Curve:
+def spread(curves: Sequence[Curve]) -> Curve:
     """The mean over runs and the band that they span, at each x that any of them has."""
     x = np.unique(np.concatenate([curve.x for curve in curves]))
     rows = np.full((len(curves), len(x)), np.nan)  # [runs, P]

@@ -19,6 +19,8 @@ from asyncrl.storage.timeline import ATTEMPT, LifeTimes, read_timeline
 
 EVENTS_OF_A_STEP = 16
 """In a trace: the step, its curves, and what the trainer did. Few against the rollouts of a step."""
+TOUCH_S = 1e-4
+"""What overlaps a step by less only touches it: the step before it, above all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ class Recorded:
             asked = f"step {first}" if first == last else f"steps {first} to {last}"
             raise DataError(f"{asked} is not there: the run has {known}.")
         ended, took = self.steps["time_s"][chosen], self.steps["step_s"][chosen]
-        return Window(float(ended[0] - took[0]), float(ended[-1]))
+        return Window(float(ended[0] - took[0]) + TOUCH_S, float(ended[-1]) - TOUCH_S)
 
     def attempts(self, window: Window, *, evaluation: bool) -> Iterator[tuple[Attempt, list[tuple[float, ...]]]]:
         """Those that overlap the window, in the order of their begins, each with its calls of the model (`CALL`)."""

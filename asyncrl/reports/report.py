@@ -187,25 +187,22 @@ def _comparison(entries: Sequence[Entry]) -> Section:
         *(Column("reward, first"), Column("reward, last"), Column("held-out, last"), Column("95 % interval")),
         *(Column("worst staleness"), Column("mean"), Column("drawn", "tokens/s"), Column("trainer waits")),
     ]
+    joined = any(len(entry.runs) > 1 for entry in entries)
+    about = "Each has its colour on the whole page. A click on a title sorts."
+    if joined:
+        columns.insert(1, Column("shown as", number=False))
+        about += " Runs of one colour are shown as their mean, in a band from the lowest to the highest."
     rows, colors, told = [], [], []
     for entry in entries:
         for run in entry.runs:
-            name = entry.name if len(entry.runs) == 1 else f"{entry.name} · {run.name}"
-            rows.append([name, run.state, *_numbers(run)])
-            told.append([name, where_time_went(run.account)])
+            names = [run.name, entry.name] if joined else [entry.name]
+            rows.append([*names, run.state, *_numbers(run)])
+            told.append([names[0], where_time_went(run.account)])
             colors.append(entry.color)
-    about = "Each has its colour on the whole page. A click on a title sorts."
-    if any(len(entry.runs) > 1 for entry in entries):
-        about += " Runs of one colour are shown as their mean, in a band from the lowest to the highest."
+    binds = [Column("run", number=False), Column("where the time went", number=False)]
     blocks = [
         table("runs", "Runs", columns, rows, about=about, colors=colors),
-        table(
-            "bottlenecks",
-            "What binds",
-            [Column("run", number=False), Column("where the time went", number=False)],
-            told,
-            colors=colors,
-        ),
+        table("bottlenecks", "What binds", binds, told, colors=colors),
     ]
     return Section("Overview", blocks)
 

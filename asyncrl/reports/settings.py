@@ -60,7 +60,4 @@ def by_seed(runs: Sequence[RunData]) -> dict[str, list[str]]:
     for run in runs:
         groups.setdefault(tuple(repr(run.settings.get(name)) for name in names), []).append(run)
     heads = labels([members[0] for members in groups.values()], without=("seed",))
-    return {
-        f"{label} ({len(members)} seeds)" if len(members) > 1 else label: [str(run.root) for run in members]
-        for label, members in zip(heads, groups.values(), strict=True)
-    }
+    return {label: [str(run.root) for run in members] for label, members in zip(heads, groups.values(), strict=True)}

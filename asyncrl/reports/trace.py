@@ -1,4 +1,4 @@
-"""A run's timeline as a Chrome trace: a file that https://ui.perfetto.dev and chrome://tracing open.
+"""A run's timeline as a Chrome trace: a file that https://ui.perfetto.dev opens.
 
     Run                  numbers of every step, as curves
     Trainer              steps, what the trainer did, hot-loads, checkpoints
@@ -77,6 +77,8 @@ class Drawn:
     window: Window
     events: int = 0
     rollouts: int = 0
+    evaluated: int = 0
+    """Rollouts of evaluations."""
     lanes: int = 0
     """The most training rollouts that ran at once."""
     steps: int = 0
@@ -196,9 +198,12 @@ class _Tracer:
                     yield {"ph": "C", "name": name, "ts": at, "pid": RUN, "args": {"value": value}}
 
     def _lives(self) -> Iterator[Slice]:
-        begins = [life.began for life in self._recorded.lives]
-        for life, end in zip(self._recorded.lives, [*begins[1:], self._recorded.times.end], strict=True):
-            yield self._slice(life.began, max(life.began, end), f"life {life.number}", {"unix_time": life.wall})
+        lives, window = self._recorded.lives, self._window
+        for life, later in zip(lives, [*lives[1:], None], strict=True):
+            began, ended = life.began, self._recorded.times.end if later is None else later.began
+            if window.holds(began, ended):
+                began, ended = max(began, window.start), min(ended, window.end)
+                yield self._slice(began, ended, f"life {life.number}", {"unix_time": life.wall + life.began})
 
     def _steps(self) -> Iterator[Slice]:
         steps = self._recorded.steps
@@ -223,7 +228,8 @@ class _Tracer:
 
     def _rollouts(self, *, evaluation: bool) -> Iterator[Slice]:
         for attempt, calls in self._recorded.attempts(self._window, evaluation=evaluation):
-            self.drawn.rollouts += 1
+            self.drawn.rollouts += not evaluation
+            self.drawn.evaluated += evaluation
             trained_in = None if evaluation else self._recorded.trained_in.get(int(attempt.sequence))
             name, facts = _name(attempt), _facts(attempt, calls, trained_in)
             found = self._slice(attempt.began, attempt.ended, name, facts)

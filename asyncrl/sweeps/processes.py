@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from asyncrl.exits import CUT_SHORT
 from asyncrl.sampling.server import GUARD
 from asyncrl.sweeps.trials import Trial
 
@@ -141,7 +142,7 @@ class Runner:
         job.ended_at = time.monotonic()
         if code == 0:
             job.state = "finished"
-        elif self.stopping and code > 128:
+        elif self.stopping and (code > 128 or code == CUT_SHORT):
             job.state = "stopped"
         else:
             job.state, job.error = "failed", cause_of(code, job.log)
@@ -168,11 +169,12 @@ def _pin(pid: int, slot: int, at_once: int) -> None:
 
 
 def cause_of(code: int, log: Path) -> str:
-    """Why a training ended: the last error in what it said."""
+    """Why a training ended: the last error in what it said, without the traceback."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - LOG_BYTES))
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error: ")]
+        lines = [line.rstrip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-    said = errors[-1].removeprefix("error: ") if errors else lines[-1] if lines else "it said nothing"
-    return f"{how}: {said}"
+    begins = [place for place, line in enumerate(lines) if line.startswith("error: ")]
+    said = lines[begins[-1] :] if begins else lines[-1:]
+    told = [line for line in said if not line.startswith((" ", "Traceback"))]
+    return f"{how}: {' '.join(told).removeprefix('error: ') or 'it said nothing'}"

@@ -126,7 +126,8 @@ def make_trials(
     combinations = list(product(*(axis.values for axis in axes)))
     if len(combinations) > CONFIRMED_MANY:
         raise ConfigError(f"that would be {len(combinations):,} runs; at most {CONFIRMED_MANY} make a sweep.")
-    trials, faults = [], []
+    trials: list[Trial] = []
+    faults: dict[str, list[str]] = {}
     for values in combinations:
         named = {axis.name: value for axis, value in zip(axes, values, strict=True)}
         folder = out.absolute() / folder_name(named)
@@ -135,13 +136,12 @@ def make_trials(
         try:
             trials.append(Trial(named, given, load(given)))
         except ConfigError as error:
-            faults.append(f"{label(named) or 'the run'}: {error}")
+            faults.setdefault(str(error), []).append(label(named))
     if faults:
-        more = f"\n... and {len(faults) - 3} more" if len(faults) > 3 else ""
+        told = (f"{names[0]}" + f" and {len(names) - 1} more" * (len(names) > 1) for names in faults.values())
         raise ConfigError(
-            f"nothing was run: {len(faults)} of {len(combinations)} combinations cannot be.\n"
-            + "\n".join(faults[:3])
-            + more
+            "nothing was run, for a part of the sweep cannot be:\n"
+            + "\n".join(f"{names}: {error}" for names, error in zip(told, faults, strict=True))
         )
     _refuse_twins(trials)
     return trials

@@ -25,7 +25,8 @@ from typing import Any
 
 from blocks import PROSE, ROOT, Block, blocks, commands_in_prose
 
-STEPS, STEPS_RESUMED = 2, 14
+STEPS, STEPS_NAMED, STEPS_RESUMED = 2, 6, 14
+"""Of a run that names no `max_steps`, of one that does, and of one that goes on, those of its first life included."""
 MAX_TOKENS = 8
 HELD_OUT_ROWS = 2
 SHELL = ("sh", "bash", "console")
@@ -49,6 +50,7 @@ class Reader:
     def read(self) -> list[str]:
         """What does not run, with the line of the page."""
         sys.modules["__main__"] = self._module
+        sys.argv = [self._name]
         failures = [
             f"{self._name}:{line}: this is typed by readers: put it into a block of `sh`, `console` or `python`"
             for line in commands_in_prose(self._text)
@@ -163,7 +165,7 @@ def _short(config: Any, steps: int) -> Any:
     return config.model_copy(
         update={
             **update,
-            "max_steps": min(config.max_steps or steps, steps),
+            "max_steps": min(config.max_steps or steps, max(steps, STEPS_NAMED)),
             "prompt_groups_per_step": 1,
             "completions_per_prompt": min(config.completions_per_prompt, 4),
             "group_filter": config.group_filter or every_group,
@@ -240,8 +242,20 @@ def asyncrl_command(arguments: list[str]) -> None:
     parsed, rest = main._parser().parse_known_args(arguments)
     assert not rest or parsed.takes_settings, f"asyncrl {parsed.command} does not know {' '.join(rest)}"
     if not set(arguments) & set(ONLY_PARSED):
-        code = main.main(arguments)
+        with _another_main():
+            code = main.main(arguments)
         assert code == 0, f"asyncrl {shlex.join(arguments)} ended with {code}"
+
+
+@contextlib.contextmanager
+def _another_main() -> Iterator[None]:
+    """A command is a process of its own: those that it starts import nothing of the page."""
+    page = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = page
 
 
 def _python_command(arguments: list[str]) -> None:

@@ -26,7 +26,7 @@ from asyncrl.rollout.evaluation import Evaluator
 from asyncrl.rollout.evaluations import Evaluation, Evaluations
 from asyncrl.sampling.routing import Router
 from asyncrl.step_record import Record
-from asyncrl.testing.clock import VirtualLoop, run_virtual
+from asyncrl.testing.clock import run_virtual
 from asyncrl.testing.fakes import CountingTrainer, ScriptedSampler
 from asyncrl.types import Completion, EvaluatedRun, Load, RolloutSample, SampleRequest, SamplingParams, ServerLoad
 
@@ -49,8 +49,6 @@ class Situation:
     tools_at_once: int = 1000
     tail: float = 0.3
     """Spread of both: sigma of a lognormal."""
-    blocking_s: float = 0.0
-    """In which the rollout holds up the event loop."""
     train_s: float = 1.0
     publish_s: float = 0.1
     sync: int = 1
@@ -67,12 +65,17 @@ class Situation:
     eval_at_once: int | None = None
     save_s: float = 0.0
     save_every: int = 1
-    steps: int = 40
-    rows: int = 100_000
+    steps: int = 24
+    rows: int = 3000
     seed: int = 0
 
     def but(self, **changed: Any) -> Situation:
         return replace(self, **changed)
+
+    def slower(self, factor: float) -> Situation:
+        """The same in another unit of time."""
+        names = ("model_s", "tool_s", "train_s", "publish_s", "save_s")
+        return self.but(**{name: factor * getattr(self, name) for name in names})
 
     def config(self) -> Config:
         return Config(
@@ -115,7 +118,7 @@ async def _run(situation: Situation, records: list[Record]) -> None:
     sampler = Fleet(situation)
     context = PolicyContext(sampler, params=SamplingParams(max_tokens=1), max_seq_len=1 << 20, load_tokenizer=_none)
     tools = anyio.Semaphore(situation.tools_at_once)
-    loop, luck = cast(VirtualLoop, asyncio.get_running_loop()), random.Random(situation.seed)
+    luck = random.Random(situation.seed)
 
     async def rollout(prompt: Prompt) -> RolloutSample:
         tokens, logprobs, mask, versions = [0], [0.0], [0], [0]
@@ -127,8 +130,6 @@ async def _run(situation: Situation, records: list[Record]) -> None:
             mask += [1] * len(drawn.tokens)
             async with tools:
                 await asyncio.sleep(situation.tool_s * prompt.rng.lognormvariate(0, situation.tail))
-            if situation.blocking_s:
-                loop._jumping.now += situation.blocking_s
         if luck.random() < situation.failing:
             raise RecoverableRolloutError("the tool was away")
         same = random.Random(prompt.index).random() < situation.filtered

@@ -110,7 +110,7 @@ const page = (() => {
           shape: series.kind === "steps" ? "hvh" : "linear",
         },
         marker: { color, size: series.big ? 16 : 7, symbol: series.big ? "star" : "circle" }, connectgaps: false,
-        textposition: series.big ? "bottom right" : "top center", textfont: { size: 11, color: variable("--quiet") }, cliponaxis: false,
+        textposition: series.big ? "bottom right" : "top left", textfont: { size: 11, color: variable("--quiet") }, cliponaxis: false,
         ...(series.low && points ? { error_y: whiskers(series, color) } : {}),
       });
     }
@@ -220,6 +220,8 @@ const page = (() => {
     return String(a).localeCompare(String(b), "en", { numeric: true });
   };
 
+  const textual = (text) => (text.length <= 24 ? "short" : text.length > 70 ? "prose" : "");
+
   drawers.table = (block, kept) => {
     const state = kept?.state || { column: null, down: false };
     const node = kept?.node || el("div", { class: "block table" });
@@ -233,7 +235,7 @@ const page = (() => {
         ...(column.unit ? [el("span", { class: "unit" }, ` ${column.unit}`)] : []),
       ));
       const rows = order.map(({ row, place }) => el("tr", {}, ...row.map((value, at) => el(
-        "td", { class: block.columns[at].number ? "number" : "" },
+        "td", { class: block.columns[at].number ? "number" : textual(String(value)) },
         ...(at === 0 && block.colors ? [mark(block.colors[place])] : []), ...(typeof value === "string" ? words(value) : [cell(value)]),
       ))));
       const shown = el("table", {}, el("thead", {}, el("tr", {}, ...heads)), el("tbody", {}, ...rows));

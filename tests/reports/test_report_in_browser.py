@@ -1,0 +1,137 @@
+"""The report of runs, in a real browser without a network."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from asyncrl.metrics.jsonl import JsonlFile
+from asyncrl.reports.report import report, write_report
+from asyncrl.reports.run_data import load_run
+from asyncrl.reports.serve import serve
+from tests.reports.runs import make_run, step_record
+
+if TYPE_CHECKING:
+    from tests.reports.conftest import Tab
+
+EVIL = "</script><img src=x onerror='document.hacked = 1'>\x1b[2J\u202eevil"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("report") / "run", steps=40)
+
+
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (800, False), (1400, True), (1400, False)])
+def test_it_opens_at_any_width(
+    run: Path, open_page: Callable[..., Tab], tmp_path: Path, width: int, dark: bool
+) -> None:
+    write_report([load_run(run)], tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size < 10_000_000
+    tab = open_page(tmp_path / "report.html", width=width, dark=dark)
+    traces = tab.traces()
+    assert len(traces) > 15
+    assert all(traces.values())
+    tab.page.wait_for_timeout(100)
+    assert (tab.overflow(), tab.overlaps()) == (0, [])
+    assert (tab.requests, tab.errors) == ([], [])
+
+
+def test_rollouts_are_browsed(run: Path, open_page: Callable[..., Tab], tmp_path: Path) -> None:
+    write_report([load_run(run)], tmp_path / "report.html")
+    page = open_page(tmp_path / "report.html").page
+    assert page.locator(".rollouts tbody tr").count() == 81
+    assert page.locator(".reader h4").inner_text() == "Step 40, row 5 of epoch 0, rollout 1"
+    trained = page.locator(".reader .trained pre")
+    assert trained.all_inner_texts() == ["<tool_call>2+2", "four 40"]
+    assert page.locator(".reader .role").all_inner_texts() == ["user", "policy", "tool", "policy"]
+    assert 'calculator {"expression": "2+2"} → 4 0.25 s' in page.locator(".reader .call").inner_text()
+    page.focus(".rollouts .scroll")
+    page.keyboard.press("ArrowDown")
+    assert "rollout 2" in page.locator(".reader h4").inner_text()
+    page.keyboard.press("End")
+    assert page.locator(".reader h4").inner_text().startswith("Step 1,")
+    assert page.evaluate("document.querySelector('.rollouts .scroll').scrollTop") > 0
+    page.fill(".bar input", "FOUR 3")
+    assert page.locator(".rollouts tbody tr").count() == 22  # steps 3 and 30 to 39
+    page.select_option(".bar select", "evaluation")
+    assert page.locator(".bar .count").inner_text() == "0 of 81"
+    page.fill(".bar input", "")
+    page.click(".rollouts tbody tr")
+    assert page.locator(".reader h4").inner_text() == "Evaluation at step 40, row 0"
+    page.select_option(".bar select", "above 0")
+    page.click(".rollouts th:has-text('reward') button")
+    assert page.locator(".bar .count").inner_text() == "41 of 81"
+
+
+def test_a_hostile_rollout_is_harmless(open_page: Callable[..., Tab], tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run", steps=2, says=EVIL)
+    write_report([load_run(root)], tmp_path / "report.html")
+    tab = open_page(tmp_path / "report.html")
+    said = tab.page.locator(".reader .trained pre").nth(1).inner_text()
+    assert said == "</script><img src=x onerror='document.hacked = 1'>\\x1b[2J\\u202eevil 2"
+    assert tab.page.evaluate("document.hacked") is None
+    assert (tab.requests, tab.errors) == ([], [])
+
+
+@contextmanager
+def served(root: Path) -> Iterator[str]:
+    """The address of a live report, served by another thread."""
+    addresses: list[str] = []
+    ready = threading.Event()
+    loop = asyncio.new_event_loop()
+
+    def on_ready(address: str) -> None:
+        addresses.append(address)
+        ready.set()
+
+    def make() -> Any:
+        return report([load_run(root)], live=True)
+
+    task = loop.create_task(serve([root], make, on_ready))
+
+    def run_loop() -> None:
+        try:
+            loop.run_until_complete(task)
+        except asyncio.CancelledError:
+            pass
+        finally:
+            loop.close()
+
+    thread = threading.Thread(target=run_loop)
+    thread.start()
+    try:
+        assert ready.wait(30)
+        yield addresses[0]
+    finally:
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join(30)
+
+
+def test_a_live_page_follows_the_run_and_leaves_the_reader_alone(tmp_path: Path, open_page: Callable[..., Tab]) -> None:
+    root = make_run(tmp_path / "run", steps=40)
+    (root / "summary.json").unlink()
+    with served(root) as address:
+        tab = open_page(address)
+        page = tab.page
+        tab.traces()
+        page.evaluate("Plotly.relayout(document.querySelector('#block-ess .plot'), {'xaxis.range': [5, 15]})")
+        page.locator(".rollouts tbody tr").nth(7).click()
+        reading = page.locator(".reader h4").inner_text()
+        page.evaluate("scrollTo(0, 1500)")
+        with JsonlFile(root / "metrics.jsonl") as metrics:
+            metrics.write(step_record(41))
+        tab.until("document.querySelector('#block-ess .plot').data[0].x.at(-1) === 41")
+        assert "step 41" in page.locator("#state").inner_text()
+        assert page.evaluate("document.querySelector('#block-ess .plot').layout.xaxis.range") == [5, 15]
+        assert page.locator(".reader h4").inner_text() == reading
+        assert page.evaluate("scrollY") == 1500
+        (root / "summary.json").write_text('{"steps": 41}')
+        tab.until("document.getElementById('state').textContent === 'ended'")
+        assert (tab.requests, tab.errors) == ([], [])

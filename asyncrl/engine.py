@@ -131,6 +131,8 @@ class Engine:
                         self.scheduler.pump()
                         self.on_published(self.published)  # an earlier life may have ended before it was evaluated
                         await self._train()
+                        self._enter("done")
+                        self.on_gauges(self.account.live())
                         helpers.cancel_scope.cancel()
                 finally:
                     await self.publication.cancel()

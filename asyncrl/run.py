@@ -116,6 +116,7 @@ async def train_async(
         from asyncrl.training.thread import ThreadedTrainer  # what its imports have to say goes into the log
 
         watchdog = Watchdog(config.stall_timeout_s, life.folder.root / "stalled.txt")
+        live.doing = lambda: watchdog.doing
         run = TrainingRun(life.config, facts, life, live, interrupt, watchdog, ThreadedTrainer, total_steps)
         try:
             with (

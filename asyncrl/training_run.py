@@ -27,7 +27,7 @@ from asyncrl.lives import Life
 from asyncrl.measure import beside, make_evaluator, policies
 from asyncrl.metrics.bottleneck import where_time_went
 from asyncrl.metrics.live import LiveView
-from asyncrl.metrics.producer import Producer, rollouts_before
+from asyncrl.metrics.producer import Producer
 from asyncrl.metrics.report import Account
 from asyncrl.metrics.sinks import SinkList, open_sinks
 from asyncrl.model_facts import ModelFacts, load_tokenizer
@@ -90,6 +90,7 @@ class TrainingRun:
             with self.watchdog.phase("bringing the sampler to the trainer's weights"):
                 await self._bring_in_step(engine, trainer)
             before = await self._before(engine, evaluations)
+            self._open_producer(engine, sinks)
             wall_s = await self._train(engine, trainer, evaluations)
             after = await self._evaluate_after(evaluations)
         return TrainResult(
@@ -205,7 +206,6 @@ class TrainingRun:
             timeline=self._open_timeline(stack),
         )
         engine.on_failed_step = on_failed_step
-        self._open_producer(engine, sinks)
         return engine
 
     def _checkpointer(self, engine: Engine, trainer: Trainer, evaluations: Evaluations) -> Checkpointer:
@@ -255,7 +255,6 @@ class TrainingRun:
             gauges=engine.account.gauges,
             elapsed_s=engine.elapsed_s,
             write=sinks.produced,
-            before=rollouts_before(self.life.folder.root),
         )
         engine.timeline.on_flush = self.producer.take
 

@@ -85,6 +85,11 @@ class Watchdog:
         """The phase that stalled and has been cancelled, as long as it has not ended."""
         return next((phase for phase in self._phases if phase.stall is not None), None)
 
+    @property
+    def doing(self) -> str:
+        """The innermost phase, by its name; '' between phases. May be read by another thread."""
+        return next((phase.name for phase in reversed(list(self._phases))), "")
+
     @contextmanager
     def phase(
         self,

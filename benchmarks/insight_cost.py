@@ -1,15 +1,14 @@
 """What it costs to watch a run: timeline, records, trackers and the live view, at 10,000 rollouts/s.
 
-    python benchmarks/insight_cost.py [--rounds 7] [--rollouts 20000] [--flat-out]
+    python benchmarks/insight_cost.py [--rounds 5] [--rollouts 20000]
 
-The engine is the real one, with its ledger; sampler and trainer are fakes that take no time, so that every microsecond
-shows. A rollout calls the model once and sleeps for 0.1 s; 1,000 run at once; a step trains 512 (64 groups of 8). Each
-part is switched on by itself, then all of them as a run has them, with the panel drawn in a terminal (a pty). Rounds
-alternate, and the CPU time of a round is compared with that of the same round with everything off. Watching that
-cannot be switched off (seconds in the model, what holds rollouts back) is measured by taking it out.
+The engine is the real one, with its ledger; sampler and trainer are fakes that take no time. A rollout calls the model
+once and sleeps for 0.1 s, 1,000 run at once, a step trains 512 (64 groups of 8), and the panel is drawn in a terminal
+(a pty). Two tables:
 
-`loop` is CPU time of the event loop's thread; its share is what 10,000 rollouts and their steps take of a second.
-`others` is that of all other threads: the panel, the tracker, the disk. They hold the interpreter now and then.
+1. The time of each thing that watches, where it happens: the median of its calls, which a busy machine hardly moves,
+   times how often it is called at 10,000 rollouts/s. What the panel, the tracker and the disk cost is in threads.
+2. A check: rounds with everything off and with everything on take turns, and their CPU times are compared.
 """
 
 from __future__ import annotations
@@ -22,10 +21,13 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Set
+import timeit
+from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 from rich.console import Console
@@ -34,14 +36,14 @@ from asyncrl import Config, Prompt, RolloutSample
 from asyncrl.agents.policy import Policy, PolicyContext
 from asyncrl.assemble import assemble
 from asyncrl.collector import calm_collector
-from asyncrl.engine import Engine
+from asyncrl.engine import LOAD_EVERY_S, Engine
 from asyncrl.metrics.live import LiveView
 from asyncrl.metrics.producer import Producer
 from asyncrl.metrics.report import Account
 from asyncrl.metrics.sinks import SinkList, open_sinks
 from asyncrl.rollout import scheduler
 from asyncrl.rollout.batch import Batch
-from asyncrl.step_record import Record
+from asyncrl.step_record import Record, StepAccount
 from asyncrl.storage.ledger_file import LedgerStore
 from asyncrl.storage.timeline import Timeline
 from asyncrl.testing.fakes import CountingTrainer, ScriptedSampler
@@ -52,7 +54,26 @@ RATE = 10_000
 GROUP, GROUPS_PER_STEP, IN_FLIGHT, ROLLOUT_S = 8, 64, 1000, 0.1
 PARTS = ("timeline", "producer", "records", "tensorboard", "live view")
 ALL = frozenset(PARTS)
-OFF, TAKEN_OUT = frozenset[str](), frozenset({"taken out"})
+OFF = frozenset[str]()
+WATCHES: dict[str, tuple[Any, str]] = {
+    "attempt ends": (scheduler, "record_attempt"),
+    "what holds rollouts back": (scheduler.Scheduler, "_held_by"),
+    "timeline and producer, hand over": (Timeline, "flush"),
+    "step record": (StepAccount, "close"),
+    "metrics.jsonl and tracker": (SinkList, "write"),
+    "account of the time": (Account, "add"),
+    "live view, step": (LiveView, "step"),
+    "gauges": (StepAccount, "live"),
+    "gauges, means": (StepAccount, "sampled"),
+    "live view, gauges": (LiveView, "gauges"),
+}
+OF_EVERY_ROLLOUT = ("attempt ends", "what holds rollouts back")
+CALLS_A_SECOND = {
+    **dict.fromkeys(("gauges", "gauges, means", "live view, gauges"), 1 / LOAD_EVERY_S),
+    "timeline and producer, hand over": 1 / LOAD_EVERY_S,
+    "account of the time": RATE / (GROUP * GROUPS_PER_STEP),
+}
+"""On the loop, of what does not come with rollouts, or is called by the panel too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,14 +180,49 @@ def _terminal(stack: ExitStack) -> Console:
     return Console(file=file, width=100, height=40, force_terminal=True)
 
 
-@contextmanager
-def without_what_cannot_be_switched_off() -> Iterator[None]:
-    """Seconds of rollouts and in the model, and what holds rollouts back. Not: the two clocks of a call."""
-    with (
-        patch.object(scheduler, "record_attempt", lambda *args: None),
-        patch.object(scheduler.Scheduler, "_held_by", lambda self: self.held.reason),
-    ):
-        yield
+class Stopwatch:
+    """How long the calls of some functions took, in the run: CPU time of those that may wait for another thread, and
+    for those of every rollout the clock, since asking for CPU time would cost more than they do."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+        self._own: dict[Callable[[], float], float] = {}
+        for clock in (time.perf_counter, time.thread_time):
+            empty = self._around(taken := [], clock, lambda *args: None)
+            for _ in range(10_000):
+                empty(1, 2, 3, 4, 5, 6)
+            self._own[clock] = statistics.median(taken)
+
+    def _around(
+        self, taken: list[float], clock: Callable[[], float], function: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        @wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = clock()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                taken.append(clock() - began)
+
+        return timed
+
+    def median(self, name: str) -> float:
+        """Of a call, s, without what the stopwatch takes itself."""
+        return max(0.0, statistics.median(self.seconds[name]) - self._own[_clock(name)])
+
+    def __enter__(self) -> Stopwatch:
+        self._patches = ExitStack()
+        for name, (owner, function) in WATCHES.items():
+            timed = self._around(self.seconds.setdefault(name, []), _clock(name), getattr(owner, function))
+            self._patches.enter_context(patch.object(owner, function, timed))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._patches.close()
+
+
+def _clock(name: str) -> Callable[[], float]:
+    return time.perf_counter if name in OF_EVERY_ROLLOUT else time.thread_time
 
 
 async def run(parts: Set[str], rollouts: int, seconds: float) -> Cost:
@@ -181,32 +237,50 @@ async def run(parts: Set[str], rollouts: int, seconds: float) -> Cost:
     return Cost(loop_until_the_end, others, wall)
 
 
-def measure(parts: Set[str], rollouts: int, seconds: float) -> Cost:
-    with ExitStack() as stack:
-        stack.enter_context(calm_collector())
-        if parts == TAKEN_OUT:
-            stack.enter_context(without_what_cannot_be_switched_off())
-        return asyncio.run(run(parts, rollouts, seconds))
+def measure(parts: Set[str], rollouts: int) -> Cost:
+    with calm_collector():
+        return asyncio.run(run(parts, rollouts, ROLLOUT_S))
 
 
-def table(costs: dict[Set[str], list[Cost]], rollouts: int) -> Iterator[str]:
-    off = costs[OFF]
+def parts_table(watch: Stopwatch, rollouts: int) -> Iterator[str]:
+    yield "| what | µs a call | calls | of the loop's time at 10,000 rollouts/s |\n|---|---|---|---|\n"
+    total = 0.0
+    for name in WATCHES:
+        each = watch.median(name)
+        calls_a_second = CALLS_A_SECOND.get(name, RATE * len(watch.seconds[name]) / rollouts)
+        share = each * calls_a_second
+        total += share
+        yield f"| {name} | {each * 1e6:,.2f} | {calls_a_second:,.0f}/s | {share:.2%} |\n"
+    each = clocks_of_a_call()
+    total += each * RATE
+    yield f"| the clock around a call of the model | {each * 1e6:,.2f} | {RATE:,}/s | {each * RATE:.2%} |\n"
+    yield f"| all | | | {total:.2%} |\n"
+
+
+def clocks_of_a_call() -> float:
+    """What `Policy.generate` does for the timeline, s."""
+
+    async def timed() -> float:
+        def once() -> None:
+            calls: list[float] = []
+            clock = asyncio.get_running_loop().time
+            began = clock()
+            calls += (began, clock(), 3, 4, 0)
+
+        return statistics.median(timeit.repeat(once, number=1000, repeat=50)) / 1000
+
+    return asyncio.run(timed())
+
+
+def check(costs: dict[Set[str], list[Cost]], rollouts: int) -> Iterator[str]:
+    off, on = costs[OFF], costs[ALL]
+    pairs = list(zip(on, off, strict=True))
     loop_us = [cost.loop / rollouts * 1e6 for cost in off]
-    yield f"Everything off: {statistics.median(loop_us):.1f} µs of the loop a rollout, others "
-    yield f"{statistics.median(100 * cost.others / cost.wall for cost in off):.1f} % of a core; "
-    yield f"{rollouts / statistics.median(cost.wall for cost in off):,.0f} rollouts/s.\n\n"
-    yield "| on | loop, µs a rollout | of the loop's time at 10,000/s | others, of a core |\n|---|---|---|---|\n"
-    for parts, found in costs.items():
-        if parts == OFF:
-            continue
-        sign = -1 if parts == TAKEN_OUT else 1
-        loops = [sign * (on.loop - base.loop) / rollouts * 1e6 for on, base in zip(found, off, strict=True)]
-        others = [
-            sign * 100 * (on.others / on.wall - base.others / base.wall) for on, base in zip(found, off, strict=True)
-        ]
-        name = "all" if parts == ALL else "always on" if parts == TAKEN_OUT else ", ".join(parts)
-        share = [us * RATE / 1e4 for us in loops]
-        yield f"| {name} | {_spread(loops)} | {_spread(share)} % | {_spread(others)} % |\n"
+    yield f"Everything off: {_spread(loop_us)} µs of the loop a rollout, at "
+    yield f"{rollouts / statistics.median(cost.wall for cost in off):,.0f} rollouts/s.\n"
+    yield f"Everything on: {_spread([(a.loop - b.loop) / rollouts * 1e6 for a, b in pairs])} µs more, the least of all "
+    yield f"rounds {(min(a.loop for a in on) - min(b.loop for b in off)) / rollouts * 1e6:.2f} µs more; other threads "
+    yield f"{_spread([100 * (a.others / a.wall - b.others / b.wall) for a, b in pairs])} % of a core.\n"
 
 
 def _spread(values: list[float]) -> str:
@@ -216,21 +290,20 @@ def _spread(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rollouts", type=int, default=20_000)
-    parser.add_argument(
-        "--flat-out", action="store_true", help="rollouts that do not sleep: as many a second as can be"
-    )
     arguments = parser.parse_args()
     rollouts = arguments.rollouts // (GROUP * GROUPS_PER_STEP) * GROUP * GROUPS_PER_STEP
-    seconds = 0.0 if arguments.flat_out else ROLLOUT_S
-    costs: dict[Set[str], list[Cost]] = {OFF: [], TAKEN_OUT: []}
-    costs |= {frozenset({part}): [] for part in PARTS} | {ALL: []}
-    measure(ALL, rollouts, seconds)  # imports, and caches that fill
+    measure(ALL, rollouts)  # imports, and caches that fill
+    with Stopwatch() as watch:
+        for _ in range(arguments.rounds):
+            measure(ALL, rollouts)
+    print("".join(parts_table(watch, rollouts * arguments.rounds)))
+    costs: dict[Set[str], list[Cost]] = {OFF: [], ALL: []}
     for _ in range(arguments.rounds):
         for parts, found in costs.items():
-            found.append(measure(parts, rollouts, seconds))
-    print("".join(table(costs, rollouts)))
+            found.append(measure(parts, rollouts))
+    print("".join(check(costs, rollouts)))
 
 
 if __name__ == "__main__":

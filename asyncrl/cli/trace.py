@@ -19,12 +19,12 @@ def trace_run(run: str, start: float | None, end: float | None, steps: tuple[int
     asked = start is not None or end is not None or steps is not None
     window = _window(recorded, start, end, steps) if asked else recorded.newest(MOST_EVENTS)
     path = Path(out) if out is not None else Path(run) / "trace.json.gz"
+    if path.is_dir():
+        raise ConfigError(f"--out: {path} is a folder. Name a file, such as {path / 'trace.json.gz'}.")
     try:
         drawn = write_trace(recorded, window, path)
     except FileNotFoundError:
         raise ConfigError(f"--out: there is no folder {path.parent}. Make it, or name another file.") from None
-    except IsADirectoryError:
-        raise ConfigError(f"--out: {path} is a folder. Name a file, such as {path / 'trace.json.gz'}.") from None
     except PermissionError:
         raise ConfigError(f"{path} cannot be written. Name another file with --out.") from None
     except OSError as error:

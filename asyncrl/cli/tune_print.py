@@ -16,8 +16,11 @@ EXTRA = {"window": "window", "groups_per_step": "batch", "group_size": "group", 
 
 
 def print_plan(plan: Plan, console: Console) -> None:
+    start = Table.grid(padding=(0, 2))
+    start.add_column(style="bright_black", no_wrap=True)
     for what, how in plan.modelled.said:
-        console.print(Text.assemble((f"{what:<20}", "bright_black"), visible(how)), soft_wrap=True)
+        start.add_row(what, visible(how))
+    console.print(start)
     console.print()
     console.print(_ideal(plan))
     if (agreement := plan.agreement()) is not None:

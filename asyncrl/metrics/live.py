@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from asyncrl.metrics.names import StepRecord
 from asyncrl.metrics.panel import panel, plain_line
-from asyncrl.metrics.progress import Progress
+from asyncrl.metrics.progress import TRAINING, Progress
 from asyncrl.terminal import visible
 
 Mode = Literal["auto", "live", "plain", "quiet"]
@@ -46,6 +46,8 @@ class LiveView:
         self._console = console or Console(highlight=False)
         self._mode = ("live" if _can_draw(self._console) else "plain") if mode == "auto" else mode
         self._clock = clock
+        self.doing: Callable[[], str] = lambda: TRAINING
+        """What the run does, by the names of its phases: it loads, trains, evaluates, saves."""
         self._progress = Progress(title, total_steps, clock())
         self._last_line_at: float | None = None
         self._last_line_step = 0
@@ -66,6 +68,7 @@ class LiveView:
 
     def render(self) -> Any:
         """The panel as it would be drawn now."""
+        self._progress.doing = self.doing()
         return panel(self._progress, self._clock())
 
     def step(self, record: StepRecord) -> None:

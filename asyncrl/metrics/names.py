@@ -123,6 +123,11 @@ METRICS: tuple[Metric, ...] = (
     *(Metric(f"staleness_share_{end}", "staleness", "1", f"Share of the loss tokens with a staleness of {what}.")
       for end, what in (("0", "0"), ("1", "1"), ("2", "2"), ("4", "3 to 4"), ("8", "5 to 8"), ("16", "9 to 16"),
                         ("more", "more than 16"))),
+    Metric("staleness_bound", "staleness", "steps", "The bound from this step on, where `staleness.min_staleness` lets "
+           "it move.", "It stays low while `wait_budget_s` is large: tokens are too off-policy (`behavior_kl`, `ess`), "
+           "as the log says; a lower learning rate bears more staleness. It never rests: narrow the limits."),
+    Metric("sync_interval", "staleness", "steps", "From one hot-load to the next, where the bound moves.",
+           "Above `publish.weight_sync_interval`: a hot-load takes longer than a step, see `publish_s`."),
     Metric("stale_masked_tokens", "staleness", "tokens", 'Taken out of the loss by `on_stale = "mask"`.',
            "More than a tenth of `loss_tokens`: they were paid for in vain. Raise `staleness.max_staleness`, or use "
            "`wait`."),

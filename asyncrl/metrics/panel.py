@@ -98,7 +98,7 @@ def _rows(progress: Progress) -> Iterator[tuple[str, str | Text]]:
     yield "staleness", rows.staleness(progress)
     if "staleness_reason" in progress.gauges:
         yield "bound", str(progress.gauges["staleness_reason"])
-    yield "groups", rows.flow(progress)
+    yield "now", rows.flow(progress)
     yield "window", rows.window(progress)
     yield "sampler", rows.sampler(progress)
     yield from rows.replicas(progress)

@@ -10,12 +10,10 @@ Nothing is done per rollout: the numbers are those of arrays that are kept anywa
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,9 +31,8 @@ class Producer:
         groups: Groups of one record, B: so a chart of it has about as many points as one of the steps.
         counts: Those of the scheduler, which go on counting.
         gauges: How things stand: `step`, `published`, `rollouts_finished`, `in_flight`, `queue_groups`.
-        elapsed_s: Seconds since the run began.
+        elapsed_s: Seconds of training behind the run. This object is made when a life of it begins.
         write: Takes a record.
-        before: Rollouts that earlier lives of the run had finished.
     """
 
     def __init__(
@@ -46,7 +43,6 @@ class Producer:
         gauges: Callable[[], Mapping[str, float]],
         elapsed_s: Callable[[], float],
         write: Callable[[Record], None],
-        before: int = 0,
     ) -> None:
         self._groups = groups
         self._counts = counts
@@ -54,10 +50,9 @@ class Producer:
         self._gauges = gauges
         self._elapsed_s = elapsed_s
         self._write = write
-        self._before = before
         self._attempts: array[float] = array("d")
         self._calls: array[float] = array("d")
-        self._told_s: float | None = None
+        self._told_s = elapsed_s()
 
     def take(self, attempts: array[float], calls: array[float]) -> None:
         """Attempts that have ended, in the columns of `timeline.ATTEMPT`, and their calls."""
@@ -76,12 +71,12 @@ class Producer:
         attempts, calls = np.frombuffer(self._attempts, ATTEMPT_TYPE), np.frombuffer(self._calls, CALL_TYPE)
         numbers = attempt_numbers(attempts, calls, step=int(gauges["step"]))
         drawn = numbers.pop("drawn_tokens")
-        passed_s = time_s - self._told_s if self._told_s is not None else time_s
+        passed_s = time_s - self._told_s
         self._counted, self._told_s = replace(self._counts), time_s
         self._attempts, self._calls = array("d"), array("d")
         self._write(
             {
-                "rollouts_ended": self._before + gauges["rollouts_finished"],
+                "rollouts_ended": gauges["rollouts_finished"],
                 "rollout_step": gauges["step"] + 1,
                 "rollout_time_s": time_s,
                 "rollout_version": gauges["published"],
@@ -149,12 +144,3 @@ def _mean(values: np.ndarray[Any, Any], weights: np.ndarray[Any, Any] | None = N
 
 def _most(values: np.ndarray[Any, Any]) -> float:
     return float(values.max()) if len(values) else math.nan
-
-
-def rollouts_before(folder: Path) -> int:
-    """The rollouts that earlier lives of a run had finished, by the last record in its folder."""
-    path = folder / "producer.jsonl"
-    if not path.exists():
-        return 0
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return int(json.loads(lines[-1])["rollouts_ended"]) if lines else 0

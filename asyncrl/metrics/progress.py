@@ -19,6 +19,8 @@ CERTAIN = 2.0
 """Standard errors from which a trend is one."""
 FEWEST = 4
 """Points without which nobody can tell."""
+TRAINING = "training"
+"""The phase in which gauges are taken."""
 COUNTED = ("members_retried", "members_failed", "members_dropped", "groups_rejected")
 STALENESS = (("0", "0"), ("1", "1"), ("2", "2"), ("4", "3-4"), ("8", "5-8"), ("16", "9-16"), ("more", ">16"))
 """(ending of the metric's name, as it is shown)."""
@@ -45,6 +47,7 @@ class Progress:
     recent: deque[Mapping[str, Any]] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     gauges: Mapping[str, Any] = field(default_factory=dict)
     evaluations: list[Mapping[str, Any]] = field(default_factory=list)
+    doing: str = TRAINING
     step: int = 0
     steps_seen: int = 0
     worst_staleness: float = 0.0

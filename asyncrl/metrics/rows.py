@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
-from asyncrl.metrics.progress import Progress, finite
+from asyncrl.metrics.progress import TRAINING, Progress, finite
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARKS = 20
@@ -73,7 +73,9 @@ def staleness(progress: Progress) -> Text:
 
 
 def flow(progress: Progress) -> str:
-    """Where groups are on their way: in flight, ready, and what the trainer does."""
+    """Where groups are on their way: in flight, ready, and what the trainer does. Else what the run does instead."""
+    if progress.doing != TRAINING:
+        return progress.doing or "done"
     parts = [in_flight(progress), ready(progress), str(progress.gauges.get("phase", ""))]
     return " → ".join(part for part in parts if part) or NOT_YET
 
@@ -100,9 +102,13 @@ def window(progress: Progress) -> str:
 
 
 def sampler(progress: Progress) -> str:
-    running, waiting, kv = (progress.now(name) for name in ("sampler_running", "sampler_waiting", "kv_use"))
+    """While nothing is trained nobody asks it: only its pace until then is known."""
+    asked = progress.doing == TRAINING
+    running, waiting, kv = (
+        progress.now(name) if asked else None for name in ("sampler_running", "sampler_waiting", "kv_use")
+    )
     parts = []
-    if (drawn := progress.drawn_per_s()) is not None:
+    if (drawn := progress.drawn_per_s() if asked else progress.rate("tokens_generated")) is not None:
         parts.append(f"{rounded(drawn)} tokens/s")
     if running is not None and waiting is not None:
         parts.append(f"{running:,.0f} requests running, {waiting:,.0f} waiting")

@@ -7,6 +7,7 @@ undone).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +17,6 @@ from asyncrl.config import Config
 from asyncrl.metrics.detached import Axis, Detached, Record
 from asyncrl.metrics.jsonl import JsonlFile
 from asyncrl.metrics.names import StepRecord
-from asyncrl.metrics.producer import rollouts_before
 from asyncrl.metrics.trackers import open_tracker
 
 FILES: Mapping[Axis, str] = {
@@ -92,7 +92,7 @@ def open_sinks(trackers: Sequence[str], folder: Path, config: Config, resumed_st
     settings = config.model_dump(mode="json")
     resumed: dict[Axis, int] | None = None
     if resumed_step is not None:
-        resumed = {"step": resumed_step, "eval_version": resumed_step, "rollouts_ended": rollouts_before(folder)}
+        resumed = {"step": resumed_step, "eval_version": resumed_step, "rollouts_ended": _rollouts_before(folder)}
     with ExitStack() as opened:
         sinks: list[Sink] = []
         for name in dict.fromkeys(trackers):
@@ -101,3 +101,10 @@ def open_sinks(trackers: Sequence[str], folder: Path, config: Config, resumed_st
         sinks.append(JsonlSink(folder))
         opened.pop_all()
     return SinkList(sinks)
+
+
+def _rollouts_before(folder: Path) -> int:
+    """Those of earlier lives, by the last record that they left."""
+    path = folder / FILES["rollouts_ended"]
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return int(json.loads(lines[-1])["rollouts_ended"]) if lines else 0

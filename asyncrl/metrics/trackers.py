@@ -66,7 +66,8 @@ class WandbTracker:
             name=where.run_name or folder.name,
             dir=folder,
             config=dict(settings),
-            settings=wandb.Settings(console="off"),  # its capture of the terminal and the live view would fight
+            # Its capture of the terminal and the live view would fight; its table of all metrics hides how the run ended.
+            settings=wandb.Settings(console="off", quiet=True),
         )
         known.parent.mkdir(exist_ok=True)
         known.write_text(f"{self._run.id}\n", encoding="utf-8")

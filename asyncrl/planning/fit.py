@@ -40,6 +40,8 @@ WORTH = 0.02
 """Share by which the spread of the residuals must fall before a slowdown or a pause is believed."""
 EMBEDDED_RUNNING = {True: 64, False: 256}
 """Rows that the embedded sampler decodes at once, on a CPU and elsewhere, where `sampler.max_running` does not say."""
+LEAST_TOKEN_S = 1e-6
+"""Where all answers are of one length, the price of a token can all be found in that of a call."""
 MOST_HOT_LOADS = 500
 TRAINING = ("forward_backward", "optimizer")
 """Spans in which the trainer computes."""
@@ -197,6 +199,7 @@ class _Fits:
         fitted = np.maximum(columns @ found, 1e-9)
         found = found * (work.sum() / fitted.sum())  # rates come from sums, which must agree
         call_s, prompt_s, token_s, running_s = (float(value) for value in found)
+        token_s = max(token_s, LEAST_TOKEN_S)
         return _Fit(call_s, prompt_s, token_s, running_s, spread=float(np.std(np.log(work / fitted))))
 
 

@@ -85,9 +85,10 @@ def changes(base: Config, setting: Setting) -> list[tuple[str, str, str]]:
 
 
 def _frontiers(plan: Plan) -> Iterator[Block]:
-    about = "One line per policy; beside each point its `max_staleness`. Bars are the uncertainty of the simulation."
+    about = "One line per policy, beside its points their `max_staleness`. Bars: the uncertainty of the simulation."
     yield _frontier(plan, "mean", "Rate against mean staleness", about)
-    yield _frontier(plan, "worst", "Rate against worst staleness", "The same, by the oldest token that is trained.")
+    about = "The same points, by the oldest token that is trained."
+    yield _frontier(plan, "worst", "Rate against worst staleness", about)
 
 
 def _frontier(plan: Plan, which: str, title: str, about: str) -> Block:
@@ -95,7 +96,8 @@ def _frontier(plan: Plan, which: str, title: str, about: str) -> Block:
         return point.staleness_mean if which == "mean" else point.staleness_worst
 
     lines = _lines(plan)
-    series = [_line(name, points, stale, place) for place, (name, points) in enumerate(lines.items())]
+    texts = _Texts(1.0 + max(stale(point) for point in plan.search.points))
+    series = [_line(name, points, stale, place, texts) for place, (name, points) in enumerate(lines.items())]
     now = [plan.now] if plan.now is not None else []
     for name, stars, color in (("recommended", [plan.advice.point], len(lines)), ("as configured", now, 7)):
         x, y = [stale(point) for point in stars], [point.share for point in stars]
@@ -111,7 +113,7 @@ def _frontier(plan: Plan, which: str, title: str, about: str) -> Block:
     )
 
 
-def _line(name: str, points: Sequence[Point], stale: Callable[[Point], float], color: int) -> Series:
+def _line(name: str, points: Sequence[Point], stale: Callable[[Point], float], color: int, texts: _Texts) -> Series:
     return Series(
         name,
         [stale(point) for point in points],
@@ -121,8 +123,24 @@ def _line(name: str, points: Sequence[Point], stale: Callable[[Point], float], c
         low=[point.share - 2 * point.error for point in points],
         high=[point.share + 2 * point.error for point in points],
         labels=[hover(point) for point in points],
-        texts=_bounds(points),
+        texts=[texts.at(stale(point), point.share, text) for point, text in zip(points, _bounds(points), strict=True)],
     )
+
+
+class _Texts:
+    """What is written on a chart: nothing over something else."""
+
+    def __init__(self, width: float) -> None:
+        self._width = width
+        self._written: list[tuple[float, float]] = []
+
+    def at(self, x: float, y: float, text: str) -> str:
+        """The text, or nothing where its place is taken. `x` in steps, `y` in shares."""
+        near = any(abs(x - other) < 0.03 * self._width and abs(y - above) < 0.06 for other, above in self._written)
+        if near or not text:
+            return ""
+        self._written.append((x, y))
+        return text
 
 
 def _bounds(points: Sequence[Point]) -> list[str]:
@@ -198,7 +216,8 @@ def _sweeps(plan: Plan) -> Iterator[Block]:
             x=Axis("window", "rollouts at once", names=True),
             y=Axis("rate", "samples/s", low=0.0, high=ROOM * plan.search.ideal),
             series=[Series("rate", [f"{w:,}" for w, _ in windows], [found for _, found in windows], "line+points")],
-            about="The smallest window that is nearly as fast as any is taken: more slots only make tokens older.",
+            about="The smallest window that is nearly as fast as any is taken: more slots only make tokens older."
+            + (" Where the rate is 0 the run would end early." if not all(found for _, found in windows) else ""),
         )
     for name in ("window", "sync_interval", "groups_per_step", "group_size"):
         if plan.varies(name):
@@ -239,6 +258,7 @@ def _sweep(plan: Plan, name: str) -> Block:
 def _all(plan: Plan) -> Block:
     shown = [name for name in SETTINGS if name in ("policy", "max_staleness", "window") or plan.varies(name)]
     columns = [
+        Column("on the frontier", number=False),
         Column("policy", number=False),
         *(Column(SETTINGS[name]) for name in shown if name != "policy"),
         Column("rate", "samples/s"),
@@ -249,13 +269,13 @@ def _all(plan: Plan) -> Block:
         Column("trainer waits", "%"),
         Column("tokens lost", "%"),
         Column("limited by", number=False),
-        Column("frontier", number=False),
     ]
     by_mean, by_worst = plan.by_mean, plan.by_worst
 
     def row(point: Point, mark: str) -> tuple[object, ...]:
         setting = point.setting
         return (
+            mark,
             *(getattr(setting, name) if getattr(setting, name) is not None else "adaptive" for name in shown),
             point.samples_per_s,
             100 * point.share,
@@ -265,7 +285,6 @@ def _all(plan: Plan) -> Block:
             100 * point.wait_share,
             100 * point.lost,
             point.binds,
-            mark,
         )
 
     def mark(point: Point) -> str:

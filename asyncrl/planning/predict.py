@@ -258,11 +258,14 @@ class _Simulation:
         turn, place = divmod(index, len(order))
         member = self._workload.member(order[place], turn, prompt.rollout_index)
         attempt = member[min(session.attempt, len(member) - 1)]
+        version = self._sampler.version
         drawn, model_s = await self._sampler.play(attempt, session.pinned)
         session.calls = (0.0, model_s, 0.0, 0.0, 0.0)
         if attempt.outcome == "done":
             shared = self._machine.trainer.shared * attempt.prompt if prompt.rollout_index else 0.0
-            return _sample(max(1, round(attempt.tokens - shared)), drawn, attempt.reward)
+            return _sample(
+                max(1, round(attempt.tokens - shared)), drawn or [(version, attempt.loss_tokens)], attempt.reward
+            )
         if attempt.outcome == "timed out":
             await self._world.sleep(FOR_EVER_S)  # until its time limit cancels it
         if attempt.outcome == "dropped":
@@ -299,7 +302,7 @@ class _Simulation:
             steps=len(steps.time) - 1,
             seconds=seconds,
             samples_per_s=samples / seconds,
-            samples_per_s_error=_error(np.array(steps.time), np.array(steps.samples[1:])),
+            samples_per_s_error=standard_error(np.array(steps.time), np.array(steps.samples[1:])),
             rollouts_per_s=sum(steps.rollouts[1:]) / seconds,
             loss_tokens_per_s=tokens / seconds,
             masked_tokens_per_s=sum(steps.masked[1:]) / seconds,
@@ -353,8 +356,11 @@ def _tokens(batch: Batch) -> tuple[int, int, int, int]:
     return tokens, total, masked, worst
 
 
-def _error(time: np.ndarray, samples: np.ndarray) -> float:
-    """Standard error of the rate, from blocks of steps: steps that follow each other are not independent."""
+def standard_error(time: np.ndarray, samples: np.ndarray) -> float:
+    """Of the rate of `samples` [S], between the times [S + 1]; nan for a handful.
+
+    From how much blocks of steps differ: steps that follow each other are not independent.
+    """
     blocks = min(BLOCKS, len(samples) // 2)
     if blocks < 2:
         return float("nan")

@@ -8,13 +8,17 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import structlog
 
@@ -97,7 +101,8 @@ class Runner:
                 found.append(solve(self._question, task))
                 self._progress(done, len(tasks))
             return found
-        futures = [self._pool.submit(_solve, task) for task in tasks]
+        with _deaf_children():
+            futures = [self._pool.submit(_solve, task) for task in tasks]
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 future.result()
@@ -127,15 +132,32 @@ def running(question: Question, jobs: int, progress: Callable[[int, int], None])
     if jobs <= 1:
         yield Runner(question, None, progress)
         return
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (question,))
     before = {child.pid for child in multiprocessing.active_children()}
+    # By a file: a process that is started reads what it is told only after its imports, and holds up the next one.
+    with TemporaryDirectory(prefix="asyncrl-tune-") as folder:
+        told = Path(folder) / "question"
+        told.write_bytes(pickle.dumps(question))
+        pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (str(told),))
+        try:
+            yield Runner(question, pool, progress)
+        finally:
+            for child in multiprocessing.active_children():
+                if child.pid not in before:
+                    child.terminate()
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes that start in the block take no notice of Ctrl-C, not even while they start. Here it works after it."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        yield Runner(question, pool, progress)
+        yield
     finally:
-        for child in multiprocessing.active_children():
-            if child.pid not in before:
-                child.terminate()
-        pool.shutdown(cancel_futures=True)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def quiet() -> None:
@@ -146,11 +168,11 @@ def quiet() -> None:
 _asked: Question
 
 
-def _begin(question: Question) -> None:
+def _begin(told: str) -> None:
     """In a process: learn what is asked. It ends when the one that asks is gone, however that ended."""
     global _asked
-    _asked = question
     quiet()
+    _asked = pickle.loads(Path(told).read_bytes())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     threading.Thread(target=_end_with_parent, name="asyncrl parent watch", daemon=True).start()
 

@@ -16,6 +16,7 @@ import asyncio
 import heapq
 import math
 import random
+import statistics
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -73,9 +74,20 @@ class SamplerModel:
         """t(n), in seconds."""
         return self.token_s + max(running - 1, 0) * self.running_s
 
-    def tokens_per_s(self, running: int) -> float:
-        """Of one replica, prompts left out."""
-        return running / self.token_time(running) if running else 0.0
+    def __str__(self) -> str:
+        parts = [
+            f"{self.replicas} replica{'s' * (self.replicas > 1)}",
+            f"a token in {self.token_s * 1e3:.3g} ms",
+            f"{self.running_s * 1e3:.3g} ms more for each further request",
+            f"a prompt token in {self.prompt_s * 1e3:.3g} ms",
+            f"{self.call_s * 1e3:.3g} ms for a call",
+            f"hot-loads of {statistics.fmean(self.hot_load_s):.3g} s",
+        ]
+        if self.pause_share:
+            parts.append(f"{self.pause_share:.0%} of them a pause")
+        if self.slowdown:
+            parts.append(f"{self.slowdown:.0%} slower while the trainer computes")
+        return ", ".join(parts)
 
 
 class _Request:
@@ -174,7 +186,8 @@ class _Replica:
         if not heap:
             return
         left_s = self._debt_s + max(0.0, heap[0][0] - self.served) * self._model.token_time(self.running)
-        due = self._world.now + left_s / self.speed
+        # Later than now, also where the rest takes less than the clock can tell.
+        due = max(self._world.now + left_s / self.speed, math.nextafter(self._world.now, math.inf))
         if due < self._due:
             self._due = due
             self._world.at(due, self._look)
@@ -422,7 +435,8 @@ class _Play:
         sampler = self._sampler
         assert self._home is not None
         sampler.ended(self._home, request.call)
-        self.drawn += drawn
+        if request.call.drawn:
+            self.drawn += drawn
         self._under_way.remove(request)
         if not self._under_way:
             now = sampler.world.now

@@ -29,6 +29,16 @@ class TrainerModel:
     slowdown: float = 0.0
     """How much longer a step takes while the sampler on the same device is busy: 0.5 is half as long again."""
 
+    def __str__(self) -> str:
+        parts = [
+            f"{self.step_s:.3g} s for a step",
+            f"{self.token_s * 1e3:.3g} ms for each of its tokens",
+            f"{self.export_s:.3g} s to export",
+        ]
+        if self.slowdown:
+            parts.append(f"{self.slowdown:.0%} slower while the sampler is busy")
+        return ", ".join(parts)
+
     def seconds(self, groups: int, size: int, tokens_of_group: tuple[float, float]) -> float:
         """Of a step of `groups` groups of `size` with so many tokens and shared ones each, export left out, with the
         device to itself."""

@@ -10,6 +10,8 @@ def in_words(found: Distribution, kind: Kind) -> str:
     """`mean 43 s, median 30 s, p95 2 min`."""
     told = duration if kind.units is SECONDS else count
     come = shape(found)
+    if not come.mean:
+        return "none"
     if not come.varies:
         return told(come.mean)
     return f"mean {told(come.mean)}, median {told(come.median)}, p95 {told(come.p95)}"

@@ -70,17 +70,20 @@ class Curves:
         longest = max((entry.steps for entry in self.entries), default=0)
         object.__setattr__(self, "bin_steps", max(1, -(-longest // MOST_POINTS)))
 
+    @property
+    def several(self) -> bool:
+        return len(self.entries) > 1
+
     def chart(
         self, key: str, title: str, lines: Sequence[Wanted], y: Axis, *, about: str = "", smooth: bool = False
     ) -> list[Block]:
         """A chart of `lines` over optimizer steps; none where no run has any of them."""
-        several = len(self.entries) > 1
         series: list[Series] = []
         for entry in self.entries:
             for place, line in enumerate(lines):
                 curve = self.curve(entry, line)
                 name = self._name(entry, line, alone=len(lines) == 1)
-                color, dash = (entry.color, place) if several else (place, 0)
+                color, dash = (entry.color, place) if self.several else (place, 0)
                 series += _drawn(name, color, dash, curve, smooth=smooth)
         return filled(chart(key, title, x=STEP, y=y, series=series, about=about))
 

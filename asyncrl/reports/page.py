@@ -200,7 +200,7 @@ def model(
     names = Names()
     shown = [
         {
-            "id": names.take("-".join(section.title.lower().split())),
+            "id": names.take("section-" + "-".join(section.title.lower().split())),
             **{"title": section.title, "about": section.about},
             "blocks": [{**block, "id": names.take(block["id"])} for block in section.blocks],
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +21,8 @@ from asyncrl.reports.selection import difference, rollouts_of, selection, senten
 from asyncrl.reports.settings import changed, differing, labels, said
 
 SCRIPTS = ("rollouts.js",)
+SILENT_S = 300.0
+"""A run that has not been heard of for so long may have been killed: nobody wrote an end."""
 ENDS = 10
 """The first and the last reward are means over this part of the steps."""
 
@@ -85,7 +88,8 @@ def _state(runs: Sequence[RunData]) -> str:
     run = runs[0]
     if run.state != "going on" or run.heard_at is None:
         return run.state
-    return f"{run.state}, or killed · step {len(run.steps)} at {datetime.fromtimestamp(run.heard_at):%H:%M:%S}"
+    alive = run.state if time.time() - run.heard_at < SILENT_S else "going on, or killed"
+    return f"{alive} · step {len(run.steps)} at {datetime.fromtimestamp(run.heard_at):%H:%M:%S}"
 
 
 # One run

@@ -32,6 +32,8 @@ ESS_LOSS_LIMIT = 0.1
 """Of 1 - `ess`: a tenth of the batch's weight is lost."""
 SUSTAINED = 2
 """Steps in a row over the limit: one alone may be an odd batch."""
+LEAST_WINDOW = 2
+"""Steps that are judged together; half of the budget's where that is more."""
 STARVED = 0.05
 """Waiting for a smaller share of the time is not worth older tokens."""
 MOST_GROWTH = 4
@@ -40,14 +42,14 @@ IDLE = 0.01
 """Below this share nobody waits."""
 SPARE_BATCHES = 2
 """Finished batches that always wait: one of them is a margin, the others are staleness for nothing."""
-PATIENCE = 2
+PATIENCE = 3
 """Idle windows before the bound falls. Doubled each time that it had to rise again, up to `MOST_PATIENCE`."""
-MOST_PATIENCE = 16
+MOST_PATIENCE = 24
 WORTH = 0.25
 """A raise that brought less than this part of what Little's law promised bought nothing, ..."""
 PROMISE = 0.1
 """... where that was at least this share of the step: less drowns in the noise."""
-MEMORY = 8
+MEMORY = 16
 """Windows until what bought nothing is tried again; at once, when the trainer waits for `MORE` more of its time."""
 MORE = 0.15
 HOT_LOAD_SLACK = 0.1
@@ -166,7 +168,7 @@ class AdaptiveStaleness:
             self._settling -= 1
         else:
             self._window.add(facts)
-            if self._window.steps > max(self.bound, 1):
+            if self._window.steps >= max(LEAST_WINDOW, (self.bound + 1) // 2):
                 window, self._window = self._window, _Window()
                 self._judge(window)
 
@@ -241,7 +243,9 @@ class AdaptiveStaleness:
         bound = min(max(bound, self._least), self._most)
         if bound != self.bound:
             self.reason = f"{self.bound} -> {bound}: {reason}"
-        self._settling, self._falling = max(self.bound, bound) + 1, bound < self.bound
+        # So many steps train what was admitted before. After a raise too: where the trainer starves, (O + 1) B groups
+        # are under way, and the first of the new ones finish behind them.
+        self._settling, self._falling = self.bound + 1, bound < self.bound
         self._strained = self._idle = 0
         self._trial = None
         self._window = _Window()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from asyncrl.config import RolloutConfig
 from asyncrl.data import Draw, Prompt, Rows
 from asyncrl.errors import BreakerOpen, first_failure
 from asyncrl.rollout.contract import Contract
-from asyncrl.rollout.counts import attempt_columns, model_seconds
+from asyncrl.rollout.counts import Counts, record_attempt
 from asyncrl.rollout.estimate import EvalResult
 from asyncrl.rollout.failures import Breaker, FailurePolicy, Verdict, describe, fatal, is_ours, leaves
 from asyncrl.rollout.group import Member, OpenGroup
@@ -145,7 +145,8 @@ class _Measurement:
             if (timeline := evaluator.timeline) is not None:
                 measured = policy.version if self.version is None else self.version
                 group = OpenGroup(-1, Draw(0, index, rows[index]), 1, measured, self.began_at)
-                _record(timeline, Member(group, sample, attempt, began), policy.calls, found)
+                member, now = Member(group, sample, attempt, began), asyncio.get_running_loop().time()
+                record_attempt(Counts(), timeline, member, policy.calls, found, now, evaluation=measured + 1)
         return found
 
     def _judge(self, error: BaseException, index: int, attempt: int) -> bool:
@@ -162,10 +163,3 @@ class _Measurement:
         if outage is not None:
             raise BreakerOpen(f"{outage} in the evaluation. The last: {describe(error)}") from error
         return True
-
-
-def _record(
-    timeline: Timeline, member: Member, calls: Sequence[float], found: RolloutRun | BaseException | None
-) -> None:
-    now, evaluation = asyncio.get_running_loop().time(), member.group.version + 1
-    timeline.attempt(attempt_columns(member, calls, found, now, model_seconds(calls), evaluation), calls)

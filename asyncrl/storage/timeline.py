@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from struct import Struct
 from threading import Thread
 from typing import IO, Any
 
@@ -49,6 +50,7 @@ MOST_WAITING_BYTES = 64 << 20
 CLOSE_LIMIT_S = 30.0
 
 ATTEMPT_TYPE = np.dtype([(name, "<f8") for name in ATTEMPT])
+PACK_ATTEMPT = Struct(f"<{len(ATTEMPT)}d").pack
 CALL_TYPE = np.dtype([(name, "<f8") for name in CALL])
 
 log = structlog.get_logger(__name__)
@@ -83,8 +85,8 @@ class Timeline:
         """Gets the attempts and the calls that are handed over, as they are written."""
         self._folder = folder / f"life-{life}" if folder is not None else None
         self._life = life
-        self._attempts: list[float] = []  # appending to a list costs a tenth of what it does to an array
-        self._calls: list[float] = []
+        self._attempts = bytearray()  # packed as they come: later their numbers would be in no cache any more
+        self._calls: array[float] = array("d")
         self._spans: list[dict[str, Any]] = []
         self._jobs: SimpleQueue[_Parts | None] = SimpleQueue()
         self._handed_over = 0  # bytes; the loop counts these,
@@ -100,10 +102,10 @@ class Timeline:
         clock = {"life": self._life, "origin": origin, "began": now, "wall": time.time() - (now - origin)}
         self._spans.insert(0, clock)
 
-    def attempt(self, row: Sequence[float], calls: Sequence[float]) -> None:
+    def attempt(self, row: Sequence[float], calls: list[float]) -> None:
         """Take an attempt that has ended: the columns of `ATTEMPT`, and those of `CALL` for each of its calls."""
-        self._attempts.extend(row)
-        self._calls.extend(calls)
+        self._attempts += PACK_ATTEMPT(*row)
+        self._calls.fromlist(calls)
 
     def span(self, track: str, name: str, began: float, ended: float, **about: float | str) -> None:
         """Take something that is not a rollout, on the loop's clock."""
@@ -113,8 +115,8 @@ class Timeline:
         """Hand over what there is. Returns at once."""
         if not self._attempts and not self._spans:
             return
-        parts = _Parts(array("d", self._attempts), array("d", self._calls), self._spans)
-        self._attempts, self._calls, self._spans = [], [], []
+        parts = _Parts(array("d", bytes(self._attempts)), self._calls, self._spans)
+        self._attempts, self._calls, self._spans = bytearray(), array("d"), []
         self.on_flush(parts.attempts, parts.calls)
         if self._thread is None:
             return

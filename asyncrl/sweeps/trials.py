@@ -25,8 +25,10 @@ SHORT = {
 """Beside these the last part of a name will do, where no other setting ends in it: `kl_beta`, `temperature`."""
 REPEATED = "seed"
 """Runs that differ in nothing else are repetitions of each other: their results are averaged."""
-CONFIRMED_MANY = 1000
-"""Trials. More are a slip of the keyboard."""
+MOST_TRIALS = 1000
+"""More are a slip of the keyboard."""
+VALUE = re.compile(r"""((?:\[[^\]]*\]|"[^"]*"|'[^']*'|[^,])*),""")
+"""With the comma behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,8 @@ def parse_axis(text: str) -> Axis:
     given, equals, values = text.partition("=")
     if not equals or not given:
         raise ConfigError(f"found {text!r} where an axis was expected: NAME=VALUE,VALUE, such as staleness=0,2,4.")
-    parts = [part.strip() for part in re.findall(r'(?:\[[^\]]*\]|"[^"]*"|\'[^\']*\'|[^,])+', values)]
-    if not parts or not all(parts):
+    parts = [part.strip() for part in VALUE.findall(f"{values},")]
+    if not all(parts):
         raise ConfigError(f"{text!r}: {given} has no value, or an empty one. Write NAME=VALUE,VALUE.")
     if repeated := [value for value, times in Counter(parts).items() if times > 1]:
         raise ConfigError(f"{text!r}: {', '.join(repeated)} is there twice.")
@@ -124,8 +126,8 @@ def make_trials(
         if [other.setting for other in axes].count(axis.setting) > 1:
             raise ConfigError(f"{axis.setting} is swept twice. Give all of its values at once.")
     combinations = list(product(*(axis.values for axis in axes)))
-    if len(combinations) > CONFIRMED_MANY:
-        raise ConfigError(f"that would be {len(combinations):,} runs; at most {CONFIRMED_MANY} make a sweep.")
+    if len(combinations) > MOST_TRIALS:
+        raise ConfigError(f"that would be {len(combinations):,} runs; at most {MOST_TRIALS} make a sweep.")
     trials: list[Trial] = []
     faults: dict[str, list[str]] = {}
     for values in combinations:

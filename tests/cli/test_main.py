@@ -64,6 +64,12 @@ def test_train_starts_what_the_config_says(project: Path, calls: Calls) -> None:
     assert (call["config"].staleness.max_staleness, call["config"].seed) == (8, -3)
 
 
+@pytest.mark.parametrize(("given", "view"), [((), "auto"), (("--quiet",), "quiet")])
+def test_quiet_shows_no_progress(project: Path, calls: Calls, given: tuple[str, ...], view: str) -> None:
+    assert main(["train", str(project / "run.toml"), *given]) == 0
+    assert calls.seen[0]["view"] == view
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [

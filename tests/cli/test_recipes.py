@@ -31,7 +31,8 @@ def test_sft(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert records(project / "run")[0]["microbatches"] > 1
     assert (project / "run" / "model" / "adapter_model.safetensors").is_file()
     assert "held-out after training: loss" in capsys.readouterr().out
-    assert main(["sft", "run/config.toml", "--log_path", "again"]) == 0
+    assert main(["sft", "run/config.toml", "--log_path", "again", "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
     again, first = (records(project / name) for name in ("again", "run"))
     assert [record["loss"] for record in again] == [record["loss"] for record in first]
 

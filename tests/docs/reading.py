@@ -30,6 +30,8 @@ STEPS, STEPS_NAMED, STEPS_RESUMED = 2, 6, 14
 MAX_TOKENS = 8
 HELD_OUT_ROWS = 2
 SHELL = ("sh", "bash", "console")
+QUICKER = {"tune": {"--steps": "10", "--jobs": "1", "--max-staleness": "1,4"}}
+"""Options that are added to a command, where it does not have them, so that it takes seconds."""
 ONLY_PARSED = ("demo", "--live")
 """`asyncrl` commands and options that take minutes, or never end by themselves: the parser alone sees them."""
 
@@ -239,12 +241,26 @@ def asyncrl_command(arguments: list[str]) -> None:
     """`asyncrl ARGUMENTS`, in this process. Raises `AssertionError` when it does not end with 0."""
     from asyncrl.cli import main
 
+    quicker = QUICKER.get(arguments[0], {})
+    arguments = [*arguments, *(word for pair in quicker.items() if pair[0] not in arguments for word in pair)]
     parsed, rest = main._parser().parse_known_args(arguments)
     assert not rest or parsed.takes_settings, f"asyncrl {parsed.command} does not know {' '.join(rest)}"
     if not set(arguments) & set(ONLY_PARSED):
-        with _another_main():
+        with _another_main(), _sweeps_without_runs():
             code = main.main(arguments)
         assert code == 0, f"asyncrl {shlex.join(arguments)} ended with {code}"
+
+
+@contextlib.contextmanager
+def _sweeps_without_runs() -> Iterator[None]:
+    """A sweep gets to where its runs would begin: each is a process, and takes seconds. tests/test_sweep.py has some."""
+    from asyncrl.sweeps.processes import Runner
+
+    run, Runner.run = Runner.run, lambda self, look: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Runner.run = run  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

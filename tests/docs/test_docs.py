@@ -48,7 +48,7 @@ class Machine:
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     home = tmp_path_factory.mktemp("reader")
     offline = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
     typed = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # their environment is active
     process = subprocess.Popen(
         [sys.executable, str(HERE / "machine.py"), str(home)],

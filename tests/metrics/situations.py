@@ -20,7 +20,6 @@ from asyncrl.checkpointing import Checkpointer
 from asyncrl.config import Config
 from asyncrl.data import Prompt
 from asyncrl.errors import RecoverableRolloutError
-from asyncrl.rollout.batch import Batch
 from asyncrl.rollout.contract import Contract
 from asyncrl.rollout.evaluation import Evaluator
 from asyncrl.rollout.evaluations import Evaluation, Evaluations
@@ -28,7 +27,7 @@ from asyncrl.sampling.routing import Router
 from asyncrl.step_record import Record
 from asyncrl.testing.clock import run_virtual
 from asyncrl.testing.fakes import CountingTrainer, ScriptedSampler
-from asyncrl.types import Completion, EvaluatedRun, Load, RolloutSample, SampleRequest, SamplingParams, ServerLoad
+from asyncrl.types import Completion, Load, RolloutSample, SampleRequest, SamplingParams, ServerLoad
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Situation:
     filtered: float = 0.0
     """Share of the groups whose rewards are all the same."""
     failing: float = 0.0
-    """Share of the attempts."""
+    """Share of the rollouts whose first attempt fails."""
     eval_every: int | None = None
     eval_rows: int = 40
     eval_at_once: int | None = None
@@ -118,7 +117,7 @@ async def _run(situation: Situation, records: list[Record]) -> None:
     sampler = Fleet(situation)
     context = PolicyContext(sampler, params=SamplingParams(max_tokens=1), max_seq_len=1 << 20, load_tokenizer=_none)
     tools = anyio.Semaphore(situation.tools_at_once)
-    luck = random.Random(situation.seed)
+    tried: set[tuple[int, int, bool]] = set()
 
     async def rollout(prompt: Prompt) -> RolloutSample:
         tokens, logprobs, mask, versions = [0], [0.0], [0], [0]
@@ -130,7 +129,9 @@ async def _run(situation: Situation, records: list[Record]) -> None:
             mask += [1] * len(drawn.tokens)
             async with tools:
                 await asyncio.sleep(situation.tool_s * prompt.rng.lognormvariate(0, situation.tail))
-        if luck.random() < situation.failing:
+        me = (prompt.index, prompt.rollout_index, prompt.evaluation)
+        if me not in tried and prompt.rng.random() < situation.failing:
+            tried.add(me)
             raise RecoverableRolloutError("the tool was away")
         same = random.Random(prompt.index).random() < situation.filtered
         return RolloutSample(tokens, logprobs, mask, 1.0 if same else prompt.rng.random(), versions)

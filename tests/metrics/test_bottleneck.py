@@ -48,52 +48,48 @@ class Case:
 
 
 CASES = {
-    "slow trainer": Case("trainer", Situation(train_s=4.0), "trainer", "slots staleness sampler publish tools"),
+    "slow trainer": Case("trainer", Situation(train_s=4.0), "trainer", "slots staleness sampler"),
     "slow tools": Case(
         "tools",
         Situation(tool_s=8.0, tools_at_once=12, window=512),
         "tools",
-        "slots staleness sampler trainer publish",
+        "slots staleness trainer",
     ),
-    "too few slots": Case("slots", Situation(window=8, train_s=0.3), "slots", "staleness sampler trainer publish"),
+    "too few slots": Case("slots", Situation(window=8, train_s=0.3), "slots", "staleness sampler trainer"),
     "too few slots, tools": Case(
-        "slots", Situation(window=8, train_s=0.3, tool_s=1.5), "slots", "staleness sampler trainer publish"
+        "slots", Situation(window=8, train_s=0.3, tool_s=1.5), "slots", "staleness sampler trainer"
     ),
     "staleness bound": Case(
         "staleness", Situation(staleness=0, train_s=0.3, model_s=2.0, tail=0.1), "staleness", "slots sampler publish"
     ),
-    "slow hot-loads": Case("publish", Situation(publish_s=4.0), "interval", "slots staleness sampler trainer tools"),
+    "slow hot-loads": Case("publish", Situation(publish_s=4.0), "interval", "slots staleness trainer"),
     "slow hot-loads, on-policy": Case(
-        "publish", Situation(publish_s=6.0, staleness=0), "publish", "slots sampler trainer tools"
+        "publish", Situation(publish_s=6.0, staleness=0), "publish", "slots sampler trainer"
     ),
     "heavy evaluation": Case(
         "evaluation",
         Situation(window=24, eval_every=1, eval_rows=200, eval_at_once=18, train_s=0.3),
         "evaluation",
-        "staleness sampler trainer publish",
+        "staleness sampler trainer",
     ),
-    "most is filtered": Case(
-        "filter", Situation(filtered=0.85, train_s=0.3, window=16), "filter", "staleness sampler trainer publish"
-    ),
+    "most is filtered": Case("filter", Situation(filtered=0.85, train_s=0.3, window=16), "filter", "staleness trainer"),
     "uneven replicas": Case(
         "replicas",
         Situation(speeds=(1.0, 1.0, 0.08), capacity=8, train_s=0.3, window=48),
         "replicas",
-        "slots sampler trainer publish tools",
+        "slots sampler trainer",
     ),
     "full sampler, full budget": Case(
         "sampler", Situation(capacity=6, train_s=0.3), "sampler", "slots staleness trainer publish"
     ),
     "full sampler, adaptive window": Case(
         "sampler",
-        Situation(capacity=6, train_s=0.3, window=32, most=256, staleness=15, steps=60),
+        Situation(capacity=6, train_s=0.3, window=32, most=256, staleness=15, steps=40),
         "sampler",
         "slots staleness trainer publish",
     ),
-    "checkpoints": Case("checkpoint", Situation(save_s=3.0), "checkpoint", "slots staleness sampler trainer tools"),
-    "failures": Case(
-        "failures", Situation(failing=0.5, train_s=0.3, window=16), "failures", "staleness sampler trainer publish"
-    ),
+    "checkpoints": Case("checkpoint", Situation(save_s=3.0), "checkpoint", "slots staleness trainer"),
+    "failures": Case("failures", Situation(failing=0.8, train_s=0.3, window=16), "failures", "sampler trainer publish"),
 }
 
 
@@ -102,7 +98,7 @@ def account(situation: Situation) -> tuple[Account, float]:
     return Account(told.records), told.groups_per_s
 
 
-@pytest.mark.parametrize(("factor", "seed", "members"), [(0.7, 1, 4), (3.0, 2, 2)])
+@pytest.mark.parametrize(("factor", "seed", "members"), [(0.3, 1, 4), (1.5, 2, 2)])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_the_advice_pays_and_no_other_does(case: Case, factor: float, seed: int, members: int) -> None:
     groups = case.situation.groups * case.situation.members // members  # as many rollouts in a batch
@@ -154,8 +150,8 @@ SLOTS = {"wait_budget_s": 0.0, "wait_slots_s": 8.0}
         ("sampler", SLOTS | {"window_congested": 1.0}),
         ("sampler", SLOTS | {"kv_use": 0.95}),
         ("sampler", {"sampler_full": 0.9, "sampler_waiting": 12.0}),
-        ("staleness", {"sampler_full": 0.9, "sampler_waiting": 12.0, "model_s": 20.0}),  # it hardly costs anything
-        ("tools", {"model_s": 20.0, "staleness_max": 4}),
+        ("tools", {"model_s": 20.0}),
+        ("tools", {"sampler_full": 0.9, "sampler_waiting": 12.0, "model_s": 20.0}),  # the queue hardly costs anything
         ("evaluation", SLOTS | {"eval_in_flight": 30.0}),
         ("staleness", {"eval_in_flight": 30.0}),  # there were slots enough for both
         ("staleness", {"replica_spread": 2.0, "replicas_up": 4.0}),  # nobody knows that it was always the same one
@@ -202,7 +198,7 @@ def test_no_time_is_said_plainly(records: list[dict[str, Any]]) -> None:
 
 def test_every_setting_that_is_recommended_exists() -> None:
     sections = "|".join(Config.model_fields)
-    found = re.findall(rf"\b({sections})\.([a-z_]+)\b", inspect.getsource(module))
+    found = re.findall(rf"\b({sections})\.(?!md)([a-z_]+)\b", inspect.getsource(module))
     assert len(found) > 10
     for section, name in found:
         assert name in Config.model_fields[section].annotation.model_fields, f"{section}.{name}"  # type: ignore[union-attr]

@@ -56,6 +56,7 @@ def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "loss": {"kl_beta": 0.01},
             "sampler": {"kind": "transformers"},
             "concurrency": {"min_window": 4, "max_window": 64},
+            "staleness": {"min_staleness": 0, "max_staleness": 2},
         }
     )
     return asyncrl.train(

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import cProfile
 import io
+import pstats
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from asyncrl.metrics.live import LiveView
-from asyncrl.metrics.panel import duration, sparkline
+from asyncrl.metrics.rows import duration, sparkline
 
 
 class Clock:
@@ -25,9 +27,15 @@ def step(number: int, **more: Any) -> dict[str, Any]:
         "reward_mean": number / 10,
         "staleness_mean": 1.5,
         "staleness_max": 3,
-        "tokens_per_s": 2000.0,
-        "samples_per_s": 32.0,
+        "staleness_share_0": 0.2,
+        "staleness_share_1": 0.6,
+        "staleness_share_4": 0.2,
+        "tokens_generated": 4000,
+        "train_tokens": 3000,
+        "samples": 64,
+        "rollouts_finished": 64,
         "wait_s": 0.5,
+        "wait_slots_s": 0.5,
         "train_s": 1.4,
         "publish_wait_s": 0.1,
         "step_s": 2.0,
@@ -38,8 +46,8 @@ def step(number: int, **more: Any) -> dict[str, Any]:
     }
 
 
-def drawn(view: LiveView) -> str:
-    console = Console(width=100, record=True, file=io.StringIO(), force_terminal=True)
+def drawn(view: LiveView, width: int = 100) -> str:
+    console = Console(width=width, record=True, file=io.StringIO(), force_terminal=True)
     console.print(view.render())
     return console.export_text()
 
@@ -55,26 +63,117 @@ def run(mode: Any, steps: int = 3, total: int | None = 10, seconds: float = 2.0,
     return out.getvalue()
 
 
+def told(clock: Clock, steps: int = 3, **more: Any) -> LiveView:
+    """A view that has seen so many steps of 2 s."""
+    view = LiveView("calculator agent", 10, mode="quiet", clock=clock)
+    for number in range(1, steps + 1):
+        clock.now += 2.0
+        view.step(step(number, **more))
+    return view
+
+
+FLEET = {
+    "replica_running": [20.0, 4.0],
+    "replica_waiting": [3.0, 0.0],
+    "replica_kv": [0.63, 0.2],
+    "replica_up": [1.0, 1.0],
+}
+
+
 def test_panel_shows_what_the_run_does() -> None:
     clock = Clock()
-    view = LiveView("calculator agent", 10, mode="quiet", clock=clock)
-    for number in (1, 2, 3):
-        clock.now += 2.0
-        view.step(step(number, members_failed=1 if number == 2 else 0, members_retried=2))
-    view.gauges({"in_flight": 17, "window": 48})
+    view = told(clock, members_retried=2)
+    view.step(step(4, members_failed=1, publish_s=1.25, checkpoint_s=0.3))
+    view.gauges(
+        {
+            **{"in_flight": 17, "window": 48, "queue_groups": 2, "published": 3, "sampler_running": 15},
+            **{"sampler_waiting": 1, "kv_use": 0.5, "phase": "training step 5: optimizer"},
+            **{"window_reason": "32 -> 48: the limit binds and nothing waits"},
+            **FLEET,
+        }
+    )
     clock.now += 1.0
     text = drawn(view)
     for said in (
         "calculator agent",
-        "step 3/10",
-        "0:07, 0:13 left",  # 7 steps of 2 s, one second of which has passed
-        "0.300 ▁▅█ best 0.300",
-        "mean 1.5, max 3, worst so far 3",
-        "17 in flight of 48, 1 group ready, 6 retried, 1 failed",  # gauges first, else the last record
-        "2,000 tokens/s, 32 samples/s",
-        "waiting for rollouts 25%, training 70%, publishing 5%",
+        "step 4/10",
+        "0:07, 0:12 left",  # 6 steps of 2 s; the fourth took no time by this clock
+        "0.400 ▁▃▆█ +0.300 in 4 steps, best 0.400",
+        "0 ▃  1 █  2 ·  3-4 ▃  mean 1.5, max 3, worst so far 3",
+        "17 in flight of 48 → 2 groups ready → training step 5: optimizer",
+        "48 rollouts at once (32 -> 48: the limit binds and nothing waits)",
+        "2,000 tokens/s, 15 requests running, 1 waiting, KV 50%",
+        "replica 1  20 running, 3 waiting, KV 63%",
+        "replica 2  4 running, 0 waiting, KV 20%",
+        "1,500 tokens/s, 32 samples/s, 2 s a step",
+        "version 3 is live, hot-load 1.2 s, checkpoint 0.3 s (step 3)",
+        "6 retried, 1 failed",
+        "training 67%, waiting for rollouts 24%, publishing 5%, checkpoints 4%",
+        "The trainer waited 24% of the time for rollouts: all 32 slots of the window were taken",
+        "Raise concurrency.initial_window",
     ):
-        assert said in text
+        assert said in text, said
+
+
+def test_of_many_replicas_the_panel_shows_the_span() -> None:
+    view = told(Clock())
+    many = {name: [value * place for place in range(1, 8)] for name, (value, _) in FLEET.items()}
+    view.gauges(many | {"replica_up": [1.0] * 6 + [0.0], "replica_kv": [0.1 * place for place in range(1, 8)]})
+    assert "6/7 up, running 20/70/120, waiting 3/10/18, KV 10%/35%/60%" in drawn(view)
+    view.gauges(many | {"replica_up": [0.0] * 7})
+    assert "0/7 up" in drawn(view)
+
+
+def test_tokens_per_s_are_those_of_now_while_a_step_lasts() -> None:
+    clock = Clock()
+    view = told(clock)
+    for tick in range(9):
+        clock.now += 0.25
+        view.gauges({"tokens_generated": 1000 + 100 * tick, "sampler_running": 1, "sampler_waiting": 0})
+    assert "400 tokens/s, 1 requests running" in drawn(view)
+
+
+def test_the_panel_says_what_is_done_before_and_after_training() -> None:
+    view = LiveView("x", 10, mode="quiet", clock=Clock())
+    view.doing = lambda: "loading the model"
+    assert "loading the model" in drawn(view)
+    view.step(step(1))
+    view.gauges({"in_flight": 3, "window": 8, "phase": "training step 2", "sampler_running": 7, "sampler_waiting": 1})
+    view.doing = lambda: "evaluation"
+    text = drawn(view)
+    assert "evaluation" in text
+    assert "3 in flight" not in text
+    assert "7 requests running" not in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
+def test_the_panel_keeps_its_height_and_its_width(width: int) -> None:
+    """A panel that jumps cannot be read."""
+    view = LiveView(
+        "a title that is a good deal longer than a narrow terminal is wide", 10, mode="quiet", clock=Clock()
+    )
+    view.gauges({"in_flight": 1, **FLEET})
+    heights = set()
+    for number in range(1, 40):
+        late = {"wait_s": 1.9, "train_s": 0.1} if number % 3 else {"wait_s": 0.0, "train_s": 2.0}
+        view.step(step(number, members_failed=number % 7, groups_filtered=number % 5 * 100, **late))
+        view.gauges({"in_flight": 10**number % 977, "phase": "x" * number, "window_reason": "y" * number, **FLEET})
+        lines = drawn(view, width).splitlines()
+        heights.add(len(lines))
+        assert {len(line) for line in lines} <= {min(width, 120)}
+    assert len(heights) == 1
+
+
+def test_drawing_takes_little_of_the_interpreter() -> None:
+    """Not a time, which depends on the machine: function calls, of which 5 ms has 50,000 on a slow one."""
+    view = told(Clock(), steps=40)
+    view.gauges(FLEET)
+    drawn(view, 80)
+    profile = cProfile.Profile()
+    profile.enable()
+    drawn(view, 80)
+    profile.disable()
+    assert pstats.Stats(profile).total_calls < 20_000  # type: ignore[attr-defined]
 
 
 def test_panel_shows_evaluations_once_there_are_any() -> None:
@@ -94,7 +193,7 @@ def test_panel_before_the_first_step_and_without_an_end() -> None:
     view = LiveView("x", None, mode="quiet", clock=Clock())
     text = drawn(view)
     assert "step 0 " in text
-    assert "waiting for the first batch" in text
+    assert "What binds is known after the first step." in text
     assert "left" not in text
 
 

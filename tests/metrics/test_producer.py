@@ -17,7 +17,7 @@ from asyncrl.agents.policy import Policy, PolicyContext
 from asyncrl.assemble import assemble
 from asyncrl.config import Config
 from asyncrl.errors import RecoverableRolloutError
-from asyncrl.metrics.producer import Producer, attempt_numbers, rollouts_before
+from asyncrl.metrics.producer import Producer, attempt_numbers
 from asyncrl.metrics.rewind import rewind
 from asyncrl.rollout.counts import Counts
 from asyncrl.storage.timeline import (
@@ -103,17 +103,18 @@ class TestByHand:
 class TestWhenThereIsARecord:
     @staticmethod
     def producer(counts: Counts, written: list[Any], before: int = 0) -> Producer:
+        """`before`: rollouts of an earlier life, ten a second."""
+
         def gauges() -> dict[str, float]:
             standing = {"step": 2, "published": 1, "in_flight": 5, "queue_groups": 1}
-            return {**standing, "rollouts_finished": counts.rollouts}
+            return {**standing, "rollouts_finished": before + counts.rollouts}
 
         return Producer(
             groups=4,
             counts=counts,
             gauges=gauges,
-            elapsed_s=lambda: counts.rollouts / 10,
+            elapsed_s=lambda: (before + counts.rollouts) / 10,
             write=written.append,
-            before=before,
         )
 
     @staticmethod
@@ -149,16 +150,20 @@ class TestWhenThereIsARecord:
         producer.close()
         assert [record["rollout_groups"] for record in written] == [2]
 
-    def test_a_run_that_goes_on_counts_on(self, tmp_path: Path) -> None:
-        """The records after the step that it goes on from are taken back."""
-        path = tmp_path / "producer.jsonl"
-        assert rollouts_before(tmp_path) == 0
-        path.write_text("".join(f'{{"rollouts_ended": {32 * step}, "rollout_step": {step}}}\n' for step in (1, 2, 3)))
-        rewind(tmp_path, 2)
-        assert rollouts_before(tmp_path) == 64
+    def test_a_run_that_goes_on(self) -> None:
+        """What earlier lives did is in the axis, and in no rate."""
         counts, written = Counts(), []
-        self.producer(counts, written, before=rollouts_before(tmp_path)).take(*self.ended(counts, 4))
-        assert written[0]["rollouts_ended"] == 72
+        self.producer(counts, written, before=640).take(*self.ended(counts, 4))
+        assert (written[0]["rollouts_ended"], written[0]["rollout_time_s"]) == (648, 64.8)
+        assert written[0]["rollout_rate_per_s"] == pytest.approx(10)
+
+    def test_what_was_undone_is_taken_back(self, tmp_path: Path) -> None:
+        """A record is of the step that was under way when it was made."""
+        path = tmp_path / "producer.jsonl"
+        lines = [f'{{"rollouts_ended": {32 * step}, "rollout_step": {step}}}\n' for step in (1, 2, 3)]
+        path.write_text("".join(lines))
+        rewind(tmp_path, 2)
+        assert path.read_text() == "".join(lines[:2])
 
 
 class TestCounts:

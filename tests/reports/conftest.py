@@ -54,17 +54,20 @@ class Tab:
 OVERLAPS = """() => {
   const box = (node) => node.getBoundingClientRect();
   const over = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
+  const called = (node) => node.id || node.getAttribute('class') || node.textContent;
   const found = [];
   const check = (nodes) => nodes.forEach((a, i) => nodes.slice(i + 1).forEach((b) => {
-    if (box(a).height && box(b).height && over(box(a), box(b))) found.push([a.id || a.className, b.id || b.className]);
+    if (!a.contains(b) && box(a).height && box(b).height && over(box(a), box(b))) found.push([called(a), called(b)]);
   }));
   check([...document.querySelectorAll('.block')]);
+  const parts = 'h3, .about, .legend button, .plot, .scroll, .reader, .bar > *, .tile > *';
   for (const block of document.querySelectorAll('.block')) {
-    check([...block.children]);
-    check([...block.querySelectorAll('.legend > *')]);
-    for (const part of block.children) if (box(part).right > box(block).right + 1) found.push([block.id, 'sticks out']);
-    const titles = [...block.querySelectorAll('.xtick text, .xtitle')].filter((node) => node.textContent);
-    check(titles);
+    check([...block.querySelectorAll(parts)]);
+    for (const part of block.querySelectorAll(parts))
+      if (box(part).right > box(block).right + 1) found.push([block.id, 'lets out', called(part)]);
+    const level = (node) => node.textContent && !(node.getAttribute('transform') || '').match(/rotate\\((?!0)/);
+    check([...block.querySelectorAll('.xtick text, .xtitle')].filter(level));
+    check([...block.querySelectorAll('.ytick text')].filter(level));
   }
   return found;
 }"""

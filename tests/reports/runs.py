@@ -44,7 +44,7 @@ def make_run(
     Each step has four groups of two; every fourth is filtered, and rollouts of groups that are take twice as long.
     """
     config = Config(
-        model="tiny", run_dir=root, seed=seed, max_steps=steps, staleness=StalenessConfig(max_staleness=staleness)
+        model="tiny", run_dir=root, seed=seed, max_steps=max(1, steps), staleness=StalenessConfig(max_staleness=staleness)
     )
     folder = RunFolder.create(config)
     with JsonlFile(folder.metrics) as metrics:
@@ -78,7 +78,7 @@ def _write_draws(folder: RunFolder, steps: int) -> None:
             place = (0, sequence, member)
             if sequence % 10 == 0 and member == 0:  # it is too slow once, and is drawn again
                 nothing = (math.nan, 0, 0, 0, 0, 0)
-                timeline.attempt([began, began, began + 9.0, *place, 0, sequence, TIMED_OUT, *nothing], ())
+                timeline.attempt([began, began, began + 9.0, *place, 0, sequence, TIMED_OUT, *nothing], [])
             slot, drawn, end = began + 0.1, began + 0.1 + seconds / 2, began + 0.1 + seconds
             came_to = (reward, tokens, tokens // 2, 1, seconds / 2, 0)
             timeline.attempt([began, slot, end, *place, 1, sequence, DONE, *came_to], [slot, drawn, 10, tokens // 2, 0])

@@ -68,7 +68,7 @@ def test_blocks_of_one_name_get_ids_of_their_own() -> None:
     made = shown()
     ids = [block["id"] for section in made["sections"] for block in section["blocks"]]
     assert len(set(ids)) == len(ids)
-    assert [section["id"] for section in made["sections"]] == ["plain", "plain-2"]
+    assert [section["id"] for section in made["sections"]] == ["section-plain", "section-plain-2"]
 
 
 def test_data_cannot_leave_its_script_element(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,15 +98,19 @@ def test_a_page_is_private_and_replaces_nothing_else(tmp_path: Path) -> None:
         write_page(tmp_path / "none" / "page.html", html)
 
 
-@pytest.mark.parametrize("dark", [False, True])
-def test_it_opens_without_a_network_and_draws_everything(
-    open_page: Callable[..., Tab], tmp_path: Path, dark: bool
-) -> None:
+def test_it_opens_without_a_network_in_the_light_and_the_dark(open_page: Callable[..., Tab], tmp_path: Path) -> None:
     write_page(tmp_path / "page.html", page(shown()))
-    tab = open_page(tmp_path / "page.html", dark=dark)
+    tab = open_page(tmp_path / "page.html", dark=True)
     assert tab.traces() == {"block-lines": 4, "block-bars": 4, "block-points": 2}
     assert tab.page.inner_text("#block-empty .about") == "Nothing to show yet."
-    assert tab.page.evaluate("document.documentElement.dataset.theme") == ("dark" if dark else "light")
+    assert tab.page.evaluate("document.documentElement.dataset.theme") == "dark"
+    ink = "getComputedStyle(document.querySelector('#block-lines .ytick text')).fill"
+    dark = tab.page.evaluate(ink)
+    tab.page.click("#theme")
+    assert tab.page.evaluate("document.documentElement.dataset.theme") == "light"
+    assert tab.page.evaluate(ink) != dark
+    tab.page.reload()
+    assert tab.page.evaluate("document.documentElement.dataset.theme") == "light"  # it is kept
     assert (tab.requests, tab.errors) == ([], [])
 
 
@@ -134,19 +138,6 @@ def test_no_script_of_another_hand_runs(open_page: Callable[..., Tab], tmp_path:
     assert tab.page.evaluate("document.hacked") is None
     assert tab.requests == []
     assert len(tab.errors) >= 3  # each is refused in the console
-
-
-def test_the_theme_is_chosen_and_kept(open_page: Callable[..., Tab], tmp_path: Path) -> None:
-    write_page(tmp_path / "page.html", page(shown()))
-    tab = open_page(tmp_path / "page.html")
-    tab.traces()
-    ink = "getComputedStyle(document.querySelector('#block-lines .ytick text')).fill"
-    light = tab.page.evaluate(ink)
-    tab.page.click("#theme")
-    assert tab.page.evaluate("document.documentElement.dataset.theme") == "dark"
-    assert tab.page.evaluate(ink) != light
-    tab.page.reload()
-    assert tab.page.evaluate("document.documentElement.dataset.theme") == "dark"
 
 
 def test_a_legend_hides_and_a_title_sorts(open_page: Callable[..., Tab], tmp_path: Path) -> None:

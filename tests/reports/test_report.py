@@ -118,7 +118,8 @@ def test_runs_are_compared(tmp_path: Path) -> None:
         for staleness, seed, level in ((1, 0, 0.2), (1, 1, 0.4), (8, 0, 0.7))
     ]
     shown = report(runs)
-    assert [one["name"] for one in block(shown, "ess")["series"]] == [run.name for run in runs]  # settings are a table
+    names = ["seed 0 · max_staleness 1", "seed 1 · max_staleness 1", "seed 0 · max_staleness 8"]
+    assert [one["name"] for one in block(shown, "ess")["series"]] == names
     joined = report(runs, groups={"bound 1": ["1-0", "1-1"], "bound 8": ["8-0"]})
     first, other = block(joined, "reward")["series"][:2]
     assert (first["name"], other["name"]) == ("bound 1", "bound 8")

@@ -62,9 +62,9 @@ def steps_until_moved(made: AdaptiveStaleness, told: StepFacts, most: int = 300)
 class TestRaising:
     def test_by_as_much_as_littles_law_says(self) -> None:
         made = at(3)
-        assert steps_until_moved(made, facts(starved_s=0.5)) == 4  # one window: the steps that the bound spans
+        assert steps_until_moved(made, facts(starved_s=0.5)) == 2  # one window
         assert made.bound == 7  # twice the budget for half of the time
-        assert made.reason == "3 -> 7: the trainer waited 50% of 4 steps, and the bound held rollouts back"
+        assert made.reason == "3 -> 7: the trainer waited 50% of 2 steps, and the bound held rollouts back"
 
     def test_from_nothing_and_at_most_to_four_times_the_budget(self) -> None:
         made = at(0)
@@ -94,7 +94,7 @@ class TestRaising:
         steps_until_moved(made, facts(starved_s=0.5))
         assert made.bound == 3
         faster = facts(seconds=0.6, starved_s=0.1)
-        assert steps_until_moved(made, faster) == 4 + 4  # until its groups are trained, and a window
+        assert steps_until_moved(made, faster) == 2 + 2  # until those before it are trained, and a window
 
     def test_a_raise_that_buys_nothing_is_taken_back_and_tried_again_later(self) -> None:
         made = at(1)
@@ -157,7 +157,7 @@ class TestLowering:
 
     def test_groups_that_always_wait_are_staleness_for_nothing(self) -> None:
         made = at(8)
-        assert steps_until_moved(made, facts(ready=5 * BATCH)) == PATIENCE * 9
+        assert steps_until_moved(made, facts(ready=5 * BATCH)) == PATIENCE * 4  # windows of half of the budget
         assert made.bound == 4  # one batch stays as a margin
         assert steps_until_moved(made, facts(ready=BATCH)) is None
 
@@ -328,15 +328,15 @@ class TestSettings:
 
 
 SWITCH = 25
-STEPS = 80
+STEPS = 100
 
 
 def tail_comes(least: int | None, most: int, *, comes: bool = True) -> Outcome:
-    """80 steps of 0.25 s; judges who take up to 0.3 s, and in one part of the run some who take 4 s."""
+    """100 steps of 0.25 s; judges who take up to 0.3 s, and in one part of the run some who take 4 s."""
 
     async def rollout(prompt: Prompt) -> RolloutSample:
         drawn = await prompt.policy.generate([0], max_tokens=1)
-        slow = (prompt.index >= SWITCH * BATCH) == comes and prompt.rng.random() < 0.15
+        slow = (prompt.index >= SWITCH * BATCH) == comes and prompt.rng.random() < 0.3
         await asyncio.sleep(prompt.rng.uniform(3.0, 4.0) if slow else prompt.rng.uniform(0.1, 0.3))
         return RolloutSample(
             [0, *drawn.tokens], [0.0, *drawn.logprobs], [0, 1], prompt.rng.random(), [0, *drawn.versions]
@@ -344,7 +344,7 @@ def tail_comes(least: int | None, most: int, *, comes: bool = True) -> Outcome:
 
     config = Config(
         model="none",
-        completions_per_prompt=4,
+        completions_per_prompt=2,
         prompt_groups_per_step=BATCH,
         data={"shuffle": False},
         staleness={"min_staleness": least, "max_staleness": most},

@@ -10,6 +10,7 @@ const page = (() => {
   const RAMPS = { light: ["#d5e4fa", "#2563b8", "#151d4a"], dark: ["#24364f", "#5f9bf5", "#ffe3b0"] };
   const DASHES = ["solid", "dash", "dot", "dashdot"];
   const POLL_MS = 2000;
+  const LONGEST_TICK = 20; // characters of a name on an axis; the pointer shows it whole
   const drawers = {};
   const blocks = new Map(); // id -> {block, text, node, redraw}
 
@@ -65,7 +66,9 @@ const page = (() => {
   // Plotly reads a little HTML in the texts it is given; here they are texts.
   const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/\n/g, "<br>");
 
-  function axis(described, other) {
+  const shortened = (text) => (text.length <= LONGEST_TICK ? text : `${text.slice(0, LONGEST_TICK - 1)}…`);
+
+  function axis(described, names) {
     const type = described.names ? "category" : described.log ? "log" : "linear";
     const bound = (value) => (value === null ? null : described.log ? Math.log10(value) : value);
     const made = {
@@ -73,6 +76,10 @@ const page = (() => {
       type, automargin: true, gridcolor: variable("--grid"), linecolor: variable("--line"), zeroline: false,
       tickfont: { size: 11, color: variable("--quiet") }, nticks: described.names ? undefined : 7, ticks: "",
     };
+    if (described.names) {
+      made.tickvals = names.map(plain);
+      made.ticktext = names.map((name) => plain(shortened(name)));
+    }
     if (described.low !== null || described.high !== null) {
       made.range = [bound(described.low), bound(described.high)];
     }
@@ -127,6 +134,8 @@ const page = (() => {
     return { type: "data", symmetric: false, array: away(series.high, 1), arrayminus: away(series.low, -1), color, thickness: 1.5, width: 4 };
   }
 
+  const names = (block, along) => [...new Set(block.series.flatMap((series) => series[along]))];
+
   function layout(block) {
     const bars = block.series.some((series) => series.kind === "bars");
     const many = bars && Math.max(...block.series.map((series) => series.x.length)) > 40;
@@ -136,7 +145,7 @@ const page = (() => {
       hovermode: block.series.some((series) => series.kind === "points") ? "closest" : "x unified",
       hoverlabel: { bgcolor: variable("--card"), bordercolor: variable("--line"), font: { color: variable("--ink"), size: 12 } },
       barmode: block.stacked ? "stack" : "group", bargap: many ? 0 : 0.2,
-      xaxis: axis(block.x), yaxis: { ...axis(block.y), rangemode: bars ? "tozero" : "normal" },
+      xaxis: axis(block.x, names(block, "x")), yaxis: { ...axis(block.y, names(block, "y")), rangemode: bars ? "tozero" : "normal" },
     };
   }
 

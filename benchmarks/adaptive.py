@@ -1,4 +1,4 @@
-"""A long tail that comes in the middle of a run: does a bound that moves reach the reward as soon as the best fixed one?
+"""A long tail comes in the middle of a run: does a bound that moves reach the reward as soon as the best that stays?
 
     python benchmarks/adaptive.py [--seeds 0 1 2]           every bound, and the adaptive one
     python benchmarks/adaptive.py --seeds 0 --settings 4 adaptive

@@ -116,6 +116,8 @@ def live(
                 trainer.batches = [[] for _ in range(state.step)]
                 await sampler.publish(Weights(state.step, adapter=False, tensors={}))
                 restore(engine, state)
+                if engine.adaptive is not None:
+                    assert engine.adaptive.learned() == state.loop["adaptive"]
             if stop_s is not None:
                 asyncio.get_running_loop().call_later(stop_s, engine.stop)
             await engine.run()

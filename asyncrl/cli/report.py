@@ -61,10 +61,6 @@ def serve_report(runs: Sequence[str], *, join_seeds: bool = False, show: bool = 
         asyncio.run(serve([Path(run) for run in runs], make, ready, port=port))
     except KeyboardInterrupt:
         print()
-    except OSError as error:
-        raise ConfigError(
-            f"--port: {port} cannot be used: {error.strerror or error}. Leave --port out for a free one."
-        ) from error
     return 0
 
 

@@ -21,16 +21,17 @@ from asyncrl.errors import ConfigError
 from asyncrl.planning.advice import GIVE, WORST, recommend
 from asyncrl.planning.described import Description, Modelled, changed, described, share
 from asyncrl.planning.grid import Axes, search
-from asyncrl.planning.plan import Measured, Plan
+from asyncrl.planning.plan import Measured, Plan, rate
 from asyncrl.planning.predict import Machine
 from asyncrl.planning.recorded import workload_of
-from asyncrl.planning.runner import Question, running
-from asyncrl.planning.setting import POLICIES, Policy
+from asyncrl.planning.runner import Question, Runner, Task, running
+from asyncrl.planning.setting import POLICIES, Point, Policy
 from asyncrl.planning.workload import Workload
 from asyncrl.reports.run_data import RunData, load_run
 from asyncrl.storage.folder import RunFolder
 
 MOST_WARM_UP = 50
+RESAMPLES = 6
 FEW_ROLLOUTS, FEW_STEPS = 500, 20
 """Of a run: fewer say little of its tail."""
 
@@ -64,8 +65,9 @@ def tune(arguments: argparse.Namespace) -> int:
     )
     with _progress() as progress, running(question, arguments.jobs or _cores(), progress) as oracle:
         found = search(subject.base, axes, oracle, give=give, worst=worst)
-    advice = recommend(found.points, give=give, worst=worst)
-    plan = Plan(arguments.target, subject.base, subject.modelled, found, advice, subject.measured, subject.notes)
+        advice = recommend(found.points, give=give, worst=worst)
+        notes = [*subject.notes, *(_how_sure(oracle, advice.point) if is_run else ())]
+    plan = Plan(arguments.target, subject.base, subject.modelled, found, advice, subject.measured, tuple(notes))
     if arguments.json:
         print(json.dumps(plan.as_json(), indent=1, allow_nan=False))
     else:
@@ -115,6 +117,21 @@ def _doubts(run: RunData, workload: Workload) -> tuple[str, ...]:
         f"Only {rollouts:,} rollouts and {steps:,} steps to learn from: the slowest rollouts, which decide most, may "
         "not have been seen yet. Trust the order of the rows more than their numbers, and ask again later.",
     )
+
+
+def _how_sure(oracle: Runner, point: Point) -> list[str]:
+    """How much the recommended setting's numbers hang on the rollouts that happened to be seen."""
+    tasks = [Task(point.setting, resample=seed) for seed in range(1, RESAMPLES + 1)]
+    found = [one for one in oracle.predictions(tasks) if not isinstance(one, str)]
+    if len(found) < RESAMPLES:
+        return [f"With rollouts drawn anew from those of the run, {point.setting.name} may end early."]
+    rates = [one.prediction.samples_per_s for one in found]
+    ages = [one.prediction.staleness_mean for one in found]
+    return [
+        f"How sure: with rollouts drawn anew from those of the run, {RESAMPLES} times, {point.setting.name} gives "
+        f"{rate(min(rates))} to {rate(max(rates))} samples/s and a mean staleness of {min(ages):.1f} to "
+        f"{max(ages):.1f}."
+    ]
 
 
 def _write(plan: Plan, out: Path) -> None:

@@ -37,6 +37,8 @@ Kind = Literal[
 WORTH = 0.2
 """Share of the time from which a loss is worth a change; below it the trainer is what binds."""
 HALF = 0.5
+BLOCKED = 0.35
+"""Share of the time. A machine whose cores are all busy is late for a fifth of it, and no line is to blame."""
 FAILING = 0.2
 """Share of the attempts. Those that failed pause before they are made again, so fewer cost more than their work."""
 FILTERED = 0.65
@@ -78,7 +80,7 @@ def bottleneck(account: Account) -> Bottleneck | None:
     shares = account.shares()
     if shares is None:
         return None
-    if account.share("loop_blocked_s") >= WORTH:
+    if account.share("loop_blocked_s") >= BLOCKED:
         return _loop(account)
     losses: dict[Callable[[Account], Bottleneck], float] = {
         _rollouts: shares.waiting,
@@ -96,7 +98,8 @@ def _loop(account: Account) -> Bottleneck:
         "loop",
         f"The event loop was blocked {account.share('loop_blocked_s'):.0%} of the time, and every rollout and request "
         "stood still meanwhile.",
-        "The log names the line that blocks: make it async, or put it into asyncrl.offload.",
+        "Make the line async that the log names, or put it into asyncrl.offload; where it names none, the machine has "
+        "too few cores.",
     )
 
 

@@ -76,7 +76,9 @@ def flow(progress: Progress) -> str:
     """Where groups are on their way: in flight, ready, and what the trainer does. Else what the run does instead."""
     if progress.doing != TRAINING:
         return progress.doing or "done"
-    parts = [in_flight(progress), ready(progress), str(progress.gauges.get("phase", ""))]
+    groups = progress.now("queue_groups")
+    waiting = "" if groups is None else f"{groups:,.0f} ready"
+    parts = [in_flight(progress), waiting, str(progress.gauges.get("phase", ""))]
     return " → ".join(part for part in parts if part) or NOT_YET
 
 
@@ -84,7 +86,7 @@ def in_flight(progress: Progress) -> str:
     running, size, evaluating = (progress.now(name) for name in ("in_flight", "window", "eval_in_flight"))
     if running is None:
         return ""
-    said = f"{running:,.0f} in flight" + (f" of {size:,.0f}" if size is not None else "")
+    said = f"{running:,.0f}" + (f" of {size:,.0f}" if size is not None else "") + " in flight"
     return said + (f" ({evaluating:,.0f} of an evaluation)" if evaluating else "")
 
 

@@ -115,8 +115,11 @@ def _why(chosen: Point, best: Point, give: float, worst: float, within: bool) ->
             f"{says} No setting that was tried keeps every token within {worst:g} steps (--worst); this one comes "
             "nearest."
         )
-    if chosen is best:
-        return f"{says} Of the settings that keep every token within {worst:g} steps (--worst) it is the fastest."
+    if chosen.share >= best.share - FASTER:
+        return (
+            f"{says} Of the settings that keep every token within {worst:g} steps (--worst) none is faster, and none "
+            f"that keeps {1 - give:.0%} of its rate (--give) is clearly fresher."
+        )
     return (
         f"{says} None that is clearly fresher keeps {1 - give:.0%} (--give) of the rate of the fastest within "
         f"{worst:g} steps (--worst): {said(best)}, with {best.share:.0%}."

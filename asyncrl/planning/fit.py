@@ -38,8 +38,8 @@ SLOWDOWNS = np.concatenate([[0.0], np.geomspace(0.05, 4.0, 20)])
 PAUSES = np.linspace(0.0, 1.0, 6)
 WORTH = 0.02
 """Share by which the spread of the residuals must fall before a slowdown or a pause is believed."""
-EMBEDDED_RUNNING = {True: 64, False: 256}
-"""Rows that the embedded sampler decodes at once, on a CPU and elsewhere, where `sampler.max_running` does not say."""
+ON_CPU, ELSEWHERE = 64, 256
+"""Rows that the embedded sampler decodes at once where `sampler.max_running` does not say."""
 LEAST_TOKEN_S = 1e-6
 """Where all answers are of one length, the price of a token can all be found in that of a call."""
 MOST_HOT_LOADS = 500
@@ -112,9 +112,9 @@ def fit_sampler(run: RunData) -> SamplerModel:
         raise DataError(f"{run.root} has no timeline, so nothing is known of its sampler.")
     settings, vllm = run.settings, "replicas_up" in run.steps
     replicas = max(len(settings.get("sampler.urls", ())), int(settings.get("sampler.replicas", 1))) if vllm else 1
-    most = settings.get("sampler.max_running") or (None if vllm else EMBEDDED_RUNNING[_on_cpu(run)])
+    most = settings.get("sampler.max_running") or (None if vllm else _rows(run))
     adapters = bool(settings.get("lora.rank", 0))
-    calls, fresh = _usable(life, replicas, most)
+    calls, fresh = _usable(life)
     if len(calls) < LEAST_CALLS:
         raise DataError(
             f"{len(calls)} calls of the model in {run.root} can be used to tell how fast its sampler is; expected at "
@@ -143,12 +143,13 @@ def fit_sampler(run: RunData) -> SamplerModel:
     )
 
 
-def _on_cpu(run: RunData) -> bool:
-    device = run.settings.get("trainer.device", "auto")
-    return device == "cpu" or (device == "auto" and not run.environment.get("gpus"))
+def _rows(run: RunData) -> int:
+    """Most that the embedded sampler decodes at once: by its device, or by what was seen where `auto` chose that."""
+    seen = np.nan_to_num(run.steps["sampler_running"]).max(initial=0.0)
+    return ELSEWHERE if run.settings.get("trainer.device") in ("cuda", "mps") or seen > ON_CPU else ON_CPU
 
 
-def _usable(life: LifeTimes, replicas: int, most: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _usable(life: LifeTimes) -> tuple[np.ndarray, np.ndarray]:
     """Calls that drew something, after the start, [C]; and how many of their prompt tokens were fresh, [C]."""
     calls = life.calls
     owner = np.repeat(np.arange(len(life.attempts)), life.attempts["turns"].astype(int))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from textwrap import wrap
 
 from asyncrl.config import Config
 from asyncrl.planning.plan import Plan, rate
@@ -198,7 +199,7 @@ def hover(point: Point) -> str:
         f"{setting.policy}, max_staleness {setting.max_staleness}",
         f"{rate(point.samples_per_s)} samples/s, a step takes {point.step_s:.3g} s",
         f"staleness mean {point.staleness_mean:.2f}, worst {point.staleness_worst:.0f} steps",
-        f"trainer waits {point.wait_share:.0%}, limited by: {point.binds}",
+        *wrap(point.why, 64),
         f"window {setting.window or 'adaptive'}, {setting.groups_per_step} groups of {setting.group_size}, "
         f"sync interval {setting.sync_interval}",
     ]

@@ -123,10 +123,7 @@ def _grid(base: Config, axes: Axes, found: Search) -> list[Setting]:
             f"{count:,} settings are asked for, and at most {MOST:,} can be tried. Give fewer values for "
             "--max-staleness, --policy, --window, --batch, --group or --sync."
         )
-    settings = (
-        here.but(max_staleness=bound, policy=policy, groups_per_step=batch, group_size=size, sync_interval=sync)
-        for bound, policy, batch, size, sync in wanted
-    )
+    settings = (Setting(policy, bound, here.window, batch, size, sync) for bound, policy, batch, size, sync in wanted)
     grid = _possible(base, settings, found)
     if not grid:
         raise ConfigError("none of these settings can work.\n" + "\n".join(found.left_out))

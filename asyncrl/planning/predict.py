@@ -26,7 +26,8 @@ from asyncrl.data import Prompt
 from asyncrl.engine import LOAD_EVERY_S, Engine
 from asyncrl.errors import RecoverableRolloutError
 from asyncrl.planning.fit import fit_sampler, fit_trainer
-from asyncrl.planning.sampler_model import Drawn, ModelledSampler, SamplerModel
+from asyncrl.planning.replica_model import Drawn
+from asyncrl.planning.sampler_model import ModelledSampler, SamplerModel
 from asyncrl.planning.trainer_model import ModelledTrainer, TrainerModel
 from asyncrl.planning.workload import Workload
 from asyncrl.planning.world import World, run_in

@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import sys
 import threading
@@ -24,6 +25,8 @@ import structlog
 
 from asyncrl.config import Config, StalenessConfig
 from asyncrl.errors import EngineError, UserError
+from asyncrl.metrics.bottleneck import Bottleneck, bottleneck
+from asyncrl.metrics.report import Account
 from asyncrl.planning.predict import UNBOUNDED, Machine, Prediction, predict
 from asyncrl.planning.setting import Failure, Point, Setting
 from asyncrl.planning.workload import Workload
@@ -33,7 +36,8 @@ TURNOVERS = 4
 LEAST_STEPS, MOST_STEPS = 100, 2000
 ROLLOUTS = 10_000
 """Of one prediction, where that is enough steps: a second or two."""
-DOMINANT = 0.5
+BINDS = {"publish": "hot-loads", "slots": "window"}
+"""Kinds of bottlenecks that have another name here; all others keep theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +59,19 @@ class Task:
     setting: Setting
     unbounded: bool = False
     """Of staleness: what sampler, trainer and window could do by themselves."""
+    resample: int = 0
+    """Above 0: with the rows of the workload drawn anew, by this seed (a bootstrap)."""
 
 
-def solve(question: Question, task: Task) -> Prediction | str:
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a simulation shows."""
+
+    prediction: Prediction
+    bottleneck: Bottleneck | None
+
+
+def solve(question: Question, task: Task) -> Answer | str:
     """Predict one setting. A str is what such a run would say when it ends early.
 
     Raises:
@@ -74,10 +88,22 @@ def solve(question: Question, task: Task) -> Prediction | str:
     warm_up = 10 + TURNOVERS * turnover
     steps = question.steps or min(MOST_STEPS, max(LEAST_STEPS, 2 * warm_up, ROLLOUTS // per_step))
     warm_up = min(warm_up, steps)
+    workload, account = question.workload, Account()
+    if task.resample:
+        workload = Workload(tuple(random.Random(task.resample).choices(workload.rows, k=len(workload.rows))))
     try:
-        return predict(config, question.machine, question.workload, steps=steps, warm_up=warm_up, seed=question.seed)
+        prediction = predict(
+            config,
+            question.machine,
+            workload,
+            steps=steps,
+            warm_up=warm_up,
+            seed=question.seed,
+            on_step=account.add,
+        )
     except (EngineError, UserError) as error:
         return str(error)
+    return Answer(prediction, bottleneck(account))
 
 
 class Runner:
@@ -86,7 +112,7 @@ class Runner:
     def __init__(self, question: Question, pool: Executor | None, progress: Callable[[int, int], None]) -> None:
         self._question, self._pool, self._progress = question, pool, progress
 
-    def predictions(self, tasks: Sequence[Task]) -> list[Prediction | str]:
+    def predictions(self, tasks: Sequence[Task]) -> list[Answer | str]:
         """As `solve`, for each task, in their order.
 
         Raises:
@@ -96,7 +122,7 @@ class Runner:
             return []
         self._progress(0, len(tasks))
         if self._pool is None:
-            found = list[Prediction | str]()
+            found = list[Answer | str]()
             for done, task in enumerate(tasks, 1):
                 found.append(solve(self._question, task))
                 self._progress(done, len(tasks))
@@ -117,7 +143,7 @@ class Runner:
     def ideals(self, settings: Sequence[Setting]) -> list[float]:
         """Samples/s of each without a bound on staleness; 0 where the run would end early."""
         found = self.predictions([Task(setting, unbounded=True) for setting in settings])
-        return [0.0 if isinstance(one, str) else one.samples_per_s for one in found]
+        return [0.0 if isinstance(one, str) else one.prediction.samples_per_s for one in found]
 
     def points(self, settings: Sequence[Setting], ideal: float) -> list[Point | Failure]:
         """`ideal`: samples/s."""
@@ -184,12 +210,13 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _solve(task: Task) -> Prediction | str:
+def _solve(task: Task) -> Answer | str:
     return solve(_asked, task)
 
 
-def point_of(setting: Setting, prediction: Prediction, ideal: float) -> Point:
-    """What matters of a prediction."""
+def point_of(setting: Setting, answer: Answer, ideal: float) -> Point:
+    """What matters of an answer."""
+    prediction, binds = answer.prediction, answer.bottleneck
     drawn = prediction.loss_tokens_per_s + prediction.masked_tokens_per_s
     lost = prediction.masked_tokens_per_s / drawn if drawn else 0.0
     kept = 1 - lost if setting.policy == "mask" else 1.0  # others train all of what they train
@@ -205,16 +232,6 @@ def point_of(setting: Setting, prediction: Prediction, ideal: float) -> Point:
         publish_share=prediction.publish_wait_share,
         busy=prediction.in_flight / prediction.window if prediction.window else 0.0,
         step_s=1 / prediction.steps_per_s,
-        binds=binds(prediction),
+        binds=BINDS.get(binds.kind, binds.kind) if binds is not None else "",
+        why=binds.sentence if binds is not None else "",
     )
-
-
-def binds(prediction: Prediction) -> str:
-    """What would have to change first for it to go faster."""
-    if prediction.publish_wait_share > max(prediction.train_share, prediction.wait_share):
-        return "hot-loads"
-    if prediction.train_share >= DOMINANT and prediction.train_share > prediction.wait_share:
-        return "trainer"
-    if prediction.budget_bound_share > prediction.slots_bound_share:
-        return "staleness"
-    return "sampler" if prediction.sampler_waiting >= 1 else "window"

@@ -13,26 +13,18 @@ top of a heap, and nothing is done per token or per running request.
 from __future__ import annotations
 
 import asyncio
-import heapq
-import math
 import random
 import statistics
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 from typing import Literal, NamedTuple
 
+from asyncrl.planning.replica_model import Drawn, Replica, Request, Totals
 from asyncrl.planning.workload import Attempt, Call
 from asyncrl.planning.world import World
 from asyncrl.sampling.routing import Router
 from asyncrl.types import Completion, Load, SampleRequest, Weights
-
-ENDED = 1e-6
-"""Tokens that a request may be short of its end: rounding, far below one token."""
-Drawn = list[tuple[int, int]]
-"""(version, tokens that it drew), in order."""
 
 
 class Played(NamedTuple):
@@ -90,159 +82,6 @@ class SamplerModel:
         return ", ".join(parts)
 
 
-class _Request:
-    """A call on its way through a replica."""
-
-    __slots__ = ("began_at", "call", "dead", "on_end", "version")
-
-    def __init__(self, call: Call, version: int, on_end: Callable[[_Request, Drawn], None]) -> None:
-        self.call = call
-        self.version = version
-        self.on_end = on_end
-        self.began_at = -1.0
-        """`served` of the replica; negative before that."""
-        self.dead = False
-
-
-class _Replica:
-    """Owns the requests of one engine. `served` is right as of `at`."""
-
-    __slots__ = (
-        *("_at", "_debt_s", "_due", "_heap", "_model", "_order", "_sampler", "_world"),
-        *("running", "served", "speed", "swaps", "waiting"),
-    )
-
-    def __init__(self, sampler: ModelledSampler, world: World, model: SamplerModel) -> None:
-        self._sampler, self._world, self._model = sampler, world, model
-        self.running = 0
-        self.served = 0.0
-        self.speed = 1.0
-        self.waiting: deque[_Request] = deque()
-        self.swaps: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=64)
-        """(served, version that tokens are drawn from since then)."""
-        self._heap: list[tuple[float, int, _Request]] = []
-        self._order = count()
-        self._at = 0.0
-        self._debt_s = 0.0
-        """Seconds of work that come before the next token: prompts, and pauses."""
-        self._due = math.inf
-        """When it is looked at next."""
-
-    def begin(self, request: _Request) -> None:
-        if request.dead:
-            return
-        self._advance()
-        if self._model.max_running is not None and self.running >= self._model.max_running:
-            self.waiting.append(request)
-            self._sampler.waiting += 1
-        else:
-            if not self.running:
-                self._sampler.went_busy()
-            self._join(request)
-            self._arm()
-
-    def leave(self, request: _Request) -> None:
-        """Its rollout was cancelled."""
-        request.dead = True
-        if request in self.waiting:
-            self.waiting.remove(request)
-            self._sampler.waiting -= 1
-        elif request.began_at >= 0:
-            self._advance()
-            self._left()
-            self._arm()
-
-    def pause(self, seconds: float) -> None:
-        self._advance()
-        self._debt_s += seconds
-        self._arm()
-
-    def swap(self, version: int) -> None:
-        """Tokens come from other weights from now on."""
-        self._advance()
-        self.swaps.append((self.served, version))
-
-    def set_speed(self, speed: float) -> None:
-        self._advance()
-        self.speed = speed
-        self._arm()
-
-    def _advance(self) -> None:
-        now = self._world.now
-        work_s = (now - self._at) * self.speed
-        self._at = now
-        if work_s <= self._debt_s:
-            self._debt_s -= work_s
-            return
-        if self.running:
-            self.served += (work_s - self._debt_s) / self._model.token_time(self.running)
-        self._debt_s = 0.0
-
-    def _arm(self) -> None:
-        """Look again when the next request ends. One that is set too early only looks once more."""
-        heap = self._heap
-        while heap and heap[0][2].dead:
-            heapq.heappop(heap)
-        if not heap:
-            return
-        left_s = self._debt_s + max(0.0, heap[0][0] - self.served) * self._model.token_time(self.running)
-        # Later than now, also where the rest takes less than the clock can tell.
-        due = max(self._world.now + left_s / self.speed, math.nextafter(self._world.now, math.inf))
-        if due < self._due:
-            self._due = due
-            self._world.at(due, self._look)
-
-    def _look(self, time: float) -> None:
-        if time != self._due:
-            return  # another look is set
-        self._due = math.inf
-        self._advance()
-        heap, ended = self._heap, list[_Request]()
-        while heap and heap[0][0] <= self.served + ENDED:
-            request = heapq.heappop(heap)[2]
-            if not request.dead:
-                self._left()
-                ended.append(request)
-        self._arm()
-        for request in ended:
-            request.on_end(request, self._drawn(request))
-
-    def _left(self) -> None:
-        self.running -= 1
-        self._sampler.running -= 1
-        if self.waiting:
-            self._sampler.waiting -= 1
-            self._join(self.waiting.popleft())
-        elif not self.running:
-            self._sampler.went_idle()
-
-    def _join(self, request: _Request) -> None:
-        self.running += 1
-        self._sampler.running += 1
-        self._debt_s += request.call.fresh * self._model.prompt_s
-        request.began_at = self.served
-        heapq.heappush(self._heap, (self.served + request.call.drawn, next(self._order), request))
-
-    def _drawn(self, request: _Request) -> Drawn:
-        """Which weights drew how many of its tokens."""
-        tokens, swaps = request.call.drawn, self.swaps
-        if self._model.side_by_side:
-            return [(request.version, tokens)]
-        if request.began_at >= swaps[-1][0]:
-            return [(swaps[-1][1], tokens)]
-        found: Drawn = []
-        for served, version in reversed(swaps):
-            own = min(tokens, max(0, tokens - round(served - request.began_at)))
-            if own:
-                found.append((version, own))
-                tokens -= own
-            if served <= request.began_at or not tokens:
-                break
-        if tokens:  # it has seen more hot-loads than are remembered
-            found.append((swaps[0][1], tokens))
-        return found[::-1]
-
-
 class ModelledSampler:
     """Implements `asyncrl.types.Sampler`, and plays whole rollouts without waking their coroutines in between."""
 
@@ -252,17 +91,11 @@ class ModelledSampler:
         self.model = model
         self.world = world
         self.version = 0
-        self.running = 0
-        """Requests, of all replicas together."""
-        self.waiting = 0
-        self.busy = 0
-        """Replicas that have something to do."""
-        self.on_busy: Callable[[], None] = lambda: None
-        """Called when the first one has, and when the last one has not any more."""
+        self.totals = Totals()
         self.generated = 0
         self._rng = rng
         self._router = Router(model.replicas)
-        self._replicas = [_Replica(self, world, model) for _ in range(model.replicas)]
+        self._replicas = [Replica(self.totals, world, model) for _ in range(model.replicas)]
         self._closed = False
         self._held: list[Callable[[], None]] = []
 
@@ -285,7 +118,7 @@ class ModelledSampler:
             raise
         return Played(play.drawn, play.model_s)
 
-    def send(self, request: _Request, home: int | None) -> int:
+    def send(self, request: Request, home: int | None) -> int:
         """Give a call to the replica of its rollout, or to the one with the fewest. Returns which."""
         place = self._router.place(home)
         if self._closed:
@@ -298,7 +131,7 @@ class ModelledSampler:
         self.generated += call.drawn
         self._router.end(place)
 
-    def drop(self, request: _Request, place: int) -> None:
+    def drop(self, request: Request, place: int) -> None:
         self._router.end(place)
         self._replicas[place].leave(request)
 
@@ -309,7 +142,7 @@ class ModelledSampler:
         call = Call(len(request.token_ids), len(request.token_ids), request.params.max_tokens)
         over: asyncio.Future[Drawn] = asyncio.get_running_loop().create_future()
         version = self.version if request.version is None else request.version
-        sent = _Request(call, version, lambda request, drawn: self.world.wake(over, drawn))
+        sent = Request(call, version, lambda request, drawn: self.world.wake(over, drawn))
         place = self.send(sent, None)
         try:
             drawn = await over
@@ -344,7 +177,7 @@ class ModelledSampler:
 
     async def _drained(self) -> None:
         self._closed = True
-        while self.busy:
+        while self.totals.busy:
             await self.world.sleep(self.model.token_time(1))
 
     @contextmanager
@@ -352,7 +185,7 @@ class ModelledSampler:
         yield None
 
     async def load(self) -> Load:
-        return Load(self.running, self.waiting, generated_tokens=self.generated)
+        return Load(self.totals.running, self.totals.waiting, generated_tokens=self.generated)
 
     # The trainer beside it
 
@@ -360,16 +193,6 @@ class ModelledSampler:
         if self.model.slowdown:
             for replica in self._replicas:
                 replica.set_speed(1 / (1 + self.model.slowdown) if yes else 1.0)
-
-    def went_busy(self) -> None:
-        self.busy += 1
-        if self.busy == 1:
-            self.on_busy()
-
-    def went_idle(self) -> None:
-        self.busy -= 1
-        if not self.busy:
-            self.on_busy()
 
 
 class _Play:
@@ -395,7 +218,7 @@ class _Play:
         self._turn = -1
         self._home: int | None = None
         self._sent_at = 0.0
-        self._under_way: list[_Request] = []
+        self._under_way: list[Request] = []
         self.drawn: Drawn = []
         self.model_s = 0.0
         self.over = over
@@ -427,11 +250,11 @@ class _Play:
         sampler = self._sampler
         version = sampler.version if self._pinned is None else self._pinned
         self._sent_at = now
-        self._under_way = [_Request(call, version, self._ended) for call in self._attempt.turns[self._turn].calls]
+        self._under_way = [Request(call, version, self._ended) for call in self._attempt.turns[self._turn].calls]
         for request in tuple(self._under_way):
             self._home = sampler.send(request, self._home)
 
-    def _ended(self, request: _Request, drawn: Drawn) -> None:
+    def _ended(self, request: Request, drawn: Drawn) -> None:
         sampler = self._sampler
         assert self._home is not None
         sampler.ended(self._home, request.call)

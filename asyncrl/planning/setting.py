@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from asyncrl.config import Config
+from asyncrl.storage.folder import OFF
 
 Policy = Literal["wait", "pace", "mask", "requeue", "drop"]
 """`wait`, `pace` with `on_stale = "train"`, and `pace` with the other choices of `on_stale` by their names."""
@@ -23,6 +24,8 @@ class Setting:
     groups_per_step: int
     group_size: int
     sync_interval: int
+    min_staleness: int | None = None
+    """Where the bound moves: its lower end. What is tried stays at `max_staleness`."""
 
     @classmethod
     def of(cls, config: Config) -> Setting:
@@ -35,6 +38,7 @@ class Setting:
             groups_per_step=config.prompt_groups_per_step,
             group_size=config.completions_per_prompt,
             sync_interval=config.publish.weight_sync_interval,
+            min_staleness=staleness.min_staleness,
         )
 
     def config(self, base: Config) -> Config:
@@ -71,6 +75,8 @@ class Setting:
         }
         if "train" not in (on_stale, base.staleness.on_stale) or on_stale != base.staleness.on_stale:
             staleness["on_stale"] = on_stale
+        if self.min_staleness != base.staleness.min_staleness:
+            staleness["min_staleness"] = self.min_staleness
         sections = {"staleness": staleness, "publish": {"weight_sync_interval": self.sync_interval}}
         if self.window is not None:
             sections["concurrency"] = dict.fromkeys(("min_window", "max_window", "initial_window"), self.window)
@@ -116,6 +122,9 @@ class Point:
     binds: str = ""
     """What would have to change first for it to go faster."""
 
+    why: str = ""
+    """The same, in a sentence."""
+
     def against(self, ideal: float) -> Point:
         """The same, its share taken of another ideal rate (samples/s)."""
         share = self.samples_per_s / ideal
@@ -131,4 +140,4 @@ class Failure:
 
 
 def _toml(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    return f'"{OFF if value is None else value}"' if value is None or isinstance(value, str) else str(value)

@@ -55,7 +55,7 @@ class ModelledTrainer:
         self._tokens = 0
         self._world = world
         self._sampler = sampler
-        sampler.on_busy = self._sampler_changed
+        sampler.totals.on_busy = self._sampler_changed
         self._left_s = 0.0
         """Of what is computed now, with the device to itself."""
         self._speed = 1.0
@@ -116,7 +116,7 @@ class ModelledTrainer:
             self._sampler.trainer_computes(False)
 
     def _speed_now(self) -> float:
-        return 1 / (1 + self.model.slowdown) if self._sampler.busy else 1.0
+        return 1 / (1 + self.model.slowdown) if self._sampler.totals.busy else 1.0
 
     def _sampler_changed(self) -> None:
         if self._over is not None and self.model.slowdown:

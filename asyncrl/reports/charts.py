@@ -66,9 +66,14 @@ def off_policy(curves: Curves) -> Section:
         *curves.chart(
             "staleness",
             "Staleness, mean and worst",
-            [Wanted("worst", metric("staleness_max"), "max"), Wanted("mean", metric("staleness_mean"))],
+            [
+                Wanted("worst", metric("staleness_max"), "max"),
+                Wanted("mean", metric("staleness_mean")),
+                *([] if curves.several else [Wanted("bound, as it moved", metric("staleness_bound"))]),
+            ],
             Axis("staleness", "optimizer steps", low=0.0),
         ),
+        *_metric(curves, "sync_interval", Axis("interval of hot-loads", "optimizer steps", low=0.0)),
         *_metric(curves, "ess", Axis("effective sample size", share=True)),
         *_metric(curves, "behavior_kl", Axis("KL", "nats")),
         *curves.chart(

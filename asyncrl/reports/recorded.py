@@ -113,15 +113,18 @@ class Recorded:
         return Window(float(ended[0] - took[0]) + TOUCH_S, float(ended[-1]) - TOUCH_S)
 
     def attempts(self, window: Window, *, evaluation: bool) -> Iterator[tuple[Attempt, list[tuple[float, ...]]]]:
-        """Those that overlap the window, in the order of their begins, each with its calls of the model (`CALL`)."""
-        found: list[tuple[float, int, int]] = []
+        """Those that overlap the window, in the order of their begins, each with its calls of the model (`CALL`).
+        Members of a group that begin at once are beside each other.
+        """
+        found: list[tuple[float, float, float, int, int]] = []
         for number, life in enumerate(self.lives):
             rows = life.attempts
             chosen = (rows["ended"] >= window.start) & (rows["began"] <= window.end)
-            chosen &= (rows["evaluation"] > 0) == evaluation
-            found += [(began, number, index) for index, began in _at(rows["began"], chosen)]
+            places = np.flatnonzero(chosen & ((rows["evaluation"] > 0) == evaluation))
+            order = (rows[name][places].tolist() for name in ("began", "sequence", "member"))
+            found += zip(*order, [number] * len(places), places.tolist(), strict=True)
         found.sort()
-        for _, number, index in found:
+        for *_, number, index in found:
             life = self.lives[number]
             attempt = Attempt._make(life.attempts[index].item())
             first = int(life.first_call[index])
@@ -137,11 +140,6 @@ class Recorded:
         for spans in found.values():
             spans.sort(key=lambda span: (span["began"], span["ended"]))
         return found
-
-
-def _at(values: np.ndarray, chosen: np.ndarray) -> Iterator[tuple[int, float]]:
-    places = np.flatnonzero(chosen)
-    return zip(places.tolist(), values[places].tolist(), strict=True)
 
 
 def read_recorded(run: str | Path) -> Recorded:

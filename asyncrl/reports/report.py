@@ -52,14 +52,18 @@ def report(runs: Sequence[RunData], *, groups: Mapping[str, Sequence[str]] | Non
         reward(curves),
         off_policy(curves),
         speed(curves),
-        _selection(entries),
-        Section("Rollouts", [rollouts_block(entries)]),
+        *([_selection(entries), Section("Rollouts", [rollouts_block(entries)])] if _rolls_out(runs) else []),
         _settings(runs),
     ]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     shown = [section for section in sections if section.blocks]
     over = all(run.state != "going on" for run in runs)
     return model(title, shown, subtitle=_subtitle(runs), state=_state(runs), live=live, over=over)
+
+
+def _rolls_out(runs: Sequence[RunData]) -> bool:
+    """Supervised training does not."""
+    return any(run.ledger or run.timeline or "wait_s" in run.steps for run in runs)
 
 
 def _entries(runs: Sequence[RunData], groups: Mapping[str, Sequence[str]] | None) -> list[Entry]:
@@ -102,16 +106,15 @@ def _overview(runs: Sequence[RunData]) -> Section:
         blocks.append(note("error", f"The run failed: {run.summary['error']}", "warn"))
     if run.summary is not None and run.summary.get("ended_early"):
         blocks.append(note("early", f"The run ended early: {run.summary['ended_early']}", "warn"))
-    if len(run.steps):
-        blocks.append(note("bottleneck", where_time_went(run.account)))
-    else:
+    if not len(run.steps):
         blocks.append(note("bottleneck", "No optimizer step has been taken yet."))
+    elif _rolls_out(runs):
+        blocks.append(note("bottleneck", where_time_went(run.account)))
     return Section("Overview", blocks)
 
 
 def _tiles(run: RunData) -> Iterator[Tile]:
     wanted = run.settings.get("max_steps")
-    yield Tile("state", run.state, tone="warn" if run.state == "failed" else "plain")
     yield Tile("optimizer steps", f"{len(run.steps):,}", f"of {wanted:,}" if isinstance(wanted, int) else "")
     if len(run.steps):
         yield Tile("time", _duration(float(run.steps["time_s"][-1])), "of training")
@@ -120,14 +123,14 @@ def _tiles(run: RunData) -> Iterator[Tile]:
         yield Tile("reward in training", f"{first:.3g} → {last:.3g}", "first and last tenth of the steps", _tone(*ends))
     if (measured := _evaluated(run)) is not None:
         yield measured
-    if "staleness_max" in run.steps:
+    if (worst := _most(run.steps["staleness_max"])) is not None:
         bound = run.settings.get("staleness.max_staleness")
         hard = run.settings.get("staleness.policy") == "wait"
-        worst = float(np.nanmax(run.steps["staleness_max"]))
         about = f"bound: {bound}" if hard else f"paced at {bound}, no bound"
         over = hard and isinstance(bound, int) and worst > bound
-        mean = f", mean {np.nanmean(run.steps['staleness_mean']):.2g}"
-        yield Tile("worst staleness", f"{worst:g} steps", about + mean, "warn" if over else "plain")
+        mean = _mean(run.steps["staleness_mean"])
+        about += f", mean {mean:.2g}" if mean is not None else ""
+        yield Tile("worst staleness", f"{worst:g} steps", about, "warn" if over else "plain")
     if run.ledger:
         rest = ", ".join(
             f"{run.ledger[name]:,} {name}" for name in ("filtered", "rejected", "pending") if run.ledger[name]

@@ -22,7 +22,7 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from asyncrl.errors import UserError
+from asyncrl.errors import ConfigError, UserError
 from asyncrl.reports.page import Model, page, to_json
 from asyncrl.reports.report import SCRIPTS
 
@@ -143,8 +143,8 @@ async def serve(
         port: 0: a free one.
 
     Raises:
-        DataError, ConfigError: the runs cannot be read at the start.
-        OSError: the port is taken.
+        DataError: the runs cannot be read at the start.
+        ConfigError: there are none, or the port cannot be used.
     """
     report = LiveReport(roots, make)
     await report.model()
@@ -152,8 +152,12 @@ async def serve(
     runner = web.AppRunner(live_app(report, token), access_log=None, shutdown_timeout=LEAVE_S)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, HOST, port)
-        await site.start()
+        try:
+            await web.TCPSite(runner, HOST, port).start()
+        except OSError as error:
+            raise ConfigError(
+                f"--port: {port} cannot be used: {error.strerror or error}. Leave --port out for a free one."
+            ) from None
         _, bound = runner.addresses[0][:2]
         on_ready(f"http://{HOST}:{bound}/{token}/")
         await asyncio.Event().wait()

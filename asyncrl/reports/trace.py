@@ -173,7 +173,7 @@ class _Tracer:
     # Lanes
 
     def _us(self, seconds: float) -> int:
-        return round((seconds + self._shift_s) * 1e6)
+        return math.floor((seconds + self._shift_s) * 1e6)
 
     def _packed(self, process: int, track: str, slices: Iterable[Slice]) -> Iterator[Event]:
         """Slices in the order of their begins, in as many lanes as they need."""

@@ -80,7 +80,5 @@ def commands_in_prose(text: str) -> list[int]:
 
 def prose(text: str) -> list[str]:
     """The lines that are in no fenced block."""
-    inside = {
-        n for block in blocks(text) for n in range(block.line - 1, block.line + block.text.count("\n") + 1)
-    }
+    inside = {n for block in blocks(text) for n in range(block.line - 1, block.line + block.text.count("\n") + 1)}
     return [line for n, line in enumerate(text.splitlines(), 1) if n not in inside]

@@ -1,4 +1,4 @@
-"""A reader's machine: a folder with what a reader has, a hub that answers without a network, and a process for each page.
+"""A reader's machine: a folder with what a reader has, a hub that needs no network, and a process for each page.
 
     python tests/docs/machine.py HOME       one JSON job a line on stdin, one answer a line on stdout
 

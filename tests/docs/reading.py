@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import json
 import re
 import runpy
@@ -31,7 +32,7 @@ MAX_TOKENS = 8
 HELD_OUT_ROWS = 2
 SHELL = ("sh", "bash", "console")
 QUICKER = {"tune": {"--steps": "10", "--jobs": "1", "--max-staleness": "1,4"}}
-"""Options that are added to a command, where it does not have them, so that it takes seconds."""
+"""Options of a command that are replaced, so that it takes seconds."""
 ONLY_PARSED = ("demo", "--live")
 """`asyncrl` commands and options that take minutes, or never end by themselves: the parser alone sees them."""
 
@@ -87,7 +88,9 @@ class Reader:
             for row in _json(block.text):
                 assert isinstance(row, dict), f"found {row!r} where a row or an object was expected"
         else:
-            raise ValueError(f"nothing here runs {block.language!r}: teach {Path(__file__).name} how, or mark the block")
+            raise ValueError(
+                f"nothing here runs {block.language!r}: teach {Path(__file__).name} how, or mark the block"
+            )
 
     def _python(self, block: Block) -> None:
         lines = block.text.splitlines()
@@ -228,8 +231,7 @@ def commands(block: Block) -> list[list[str]]:
 
 def type_command(words: Sequence[str]) -> None:
     """Run one command, or check all of it that can be checked here."""
-    words = [word for at, word in enumerate(words) if not ("=" in word and word[: word.index("=")].isupper() and at < 3)]
-    program, *arguments = words
+    program, *arguments = itertools.dropwhile(re.compile("[A-Z_]+=").match, words)  # `NAME=value asyncrl ...`
     if program == "python" and arguments[:2] == ["-m", "asyncrl"]:
         program, arguments = "asyncrl", arguments[2:]
     if program not in _PROGRAMS:
@@ -241,8 +243,10 @@ def asyncrl_command(arguments: list[str]) -> None:
     """`asyncrl ARGUMENTS`, in this process. Raises `AssertionError` when it does not end with 0."""
     from asyncrl.cli import main
 
-    quicker = QUICKER.get(arguments[0], {})
-    arguments = [*arguments, *(word for pair in quicker.items() if pair[0] not in arguments for word in pair)]
+    for option, value in QUICKER.get(arguments[0], {}).items():
+        if option not in arguments:
+            arguments = [*arguments, option, value]
+        arguments[arguments.index(option) + 1] = value
     parsed, rest = main._parser().parse_known_args(arguments)
     assert not rest or parsed.takes_settings, f"asyncrl {parsed.command} does not know {' '.join(rest)}"
     if not set(arguments) & set(ONLY_PARSED):
@@ -253,7 +257,7 @@ def asyncrl_command(arguments: list[str]) -> None:
 
 @contextlib.contextmanager
 def _sweeps_without_runs() -> Iterator[None]:
-    """A sweep gets to where its runs would begin: each is a process, and takes seconds. tests/test_sweep.py has some."""
+    """A sweep gets to where its runs would begin: each is a process, and takes seconds (tests/test_sweep.py)."""
     from asyncrl.sweeps.processes import Runner
 
     run, Runner.run = Runner.run, lambda self, look: None  # type: ignore[method-assign]

@@ -71,7 +71,9 @@ def test_every_page_is_reached_from_readme() -> None:
         if page in seen or page.suffix != ".md" or not page.exists():
             continue
         seen.add(page)
-        names = [(found[1] or found[2]).partition("#")[0] for found in LINK.finditer("\n".join(prose(page.read_text())))]
+        names = [
+            (found[1] or found[2]).partition("#")[0] for found in LINK.finditer("\n".join(prose(page.read_text())))
+        ]
         left += [(page.parent / name).resolve() for name in names if name and "://" not in name]
     assert set(pages()) <= seen, sorted(str(page.relative_to(ROOT)) for page in set(pages()) - seen)
 

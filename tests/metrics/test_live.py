@@ -100,7 +100,7 @@ def test_panel_shows_what_the_run_does() -> None:
         "0:07, 0:12 left",  # 6 steps of 2 s; the fourth took no time by this clock
         "0.400 ▁▃▆█ +0.300 in 4 steps, best 0.400",
         "0 ▃  1 █  2 ·  3-4 ▃  mean 1.5, max 3, worst so far 3",
-        "17 in flight of 48 → 2 groups ready → training step 5: optimizer",
+        "17 of 48 in flight → 2 ready → training step 5: optimizer",
         "48 rollouts at once (32 -> 48: the limit binds and nothing waits)",
         "2,000 tokens/s, 15 requests running, 1 waiting, KV 50%",
         "replica 1  20 running, 3 waiting, KV 63%",
@@ -142,7 +142,7 @@ def test_the_panel_says_what_is_done_before_and_after_training() -> None:
     view.doing = lambda: "evaluation"
     text = drawn(view)
     assert "evaluation" in text
-    assert "3 in flight" not in text
+    assert "3 of 8 in flight" not in text
     assert "7 requests running" not in text
 
 

@@ -61,8 +61,9 @@ class TestTensorBoard:
 
     def test_what_is_written_can_be_read_at_once(self, tmp_path: Path) -> None:
         sinks = open_sinks(["tensorboard"], tmp_path, CONFIG)
-        sinks.write(STEPS[0])
-        wait_for(lambda: "reward_mean" in self.scalars(tmp_path / "tensorboard"))
+        for step in STEPS:
+            sinks.write(step)
+        wait_for(lambda: len(self.scalars(tmp_path / "tensorboard").get("reward_mean", ())) == len(STEPS))
         sinks.close()
 
     def test_a_run_that_goes_on_forgets_what_was_undone(self, tmp_path: Path) -> None:

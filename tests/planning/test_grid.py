@@ -13,6 +13,7 @@ from asyncrl.planning.grid import Axes, Search, search, windows_to_try
 from asyncrl.planning.predict import Machine
 from asyncrl.planning.runner import Question, Runner, Task, running, solve
 from asyncrl.planning.setting import Failure, Point, Setting
+from asyncrl.storage.folder import OFF
 
 
 def config(**settings: Any) -> Config:
@@ -125,7 +126,7 @@ def test_windows_end_at_what_staleness_can_use_or_at_what_the_user_allows() -> N
 
 
 @pytest.mark.parametrize("policy", ["wait", "pace", "mask", "requeue", "drop"])
-@pytest.mark.parametrize("before", [{}, {"policy": "pace", "on_stale": "mask", "max_staleness": 1}])
+@pytest.mark.parametrize("before", [{}, {"min_staleness": 1}, {"policy": "pace", "on_stale": "mask"}])
 def test_the_toml_of_a_setting_makes_the_config_that_was_simulated(policy: Any, before: dict[str, Any]) -> None:
     base = config(staleness=before, publish={"timeout_s": 7.0})
     setting = Setting(policy, 3, 24, 6, 8, 2)
@@ -133,6 +134,8 @@ def test_the_toml_of_a_setting_makes_the_config_that_was_simulated(policy: Any, 
     settings = base.model_dump()
     for name, value in written.items():
         settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
+    if written["staleness"].get("min_staleness") == OFF:  # as a config file says it
+        settings["staleness"]["min_staleness"] = None
     assert Config(**settings) == setting.config(base)
     assert Setting.of(setting.config(base)) == setting
     assert setting.toml(setting.config(base)) == ""
@@ -157,8 +160,11 @@ def test_a_rate_is_that_of_the_slower_of_sampler_and_trainer() -> None:
     slow, fast = (solve(question(publish="0s"), Task(setting.but(window=window))) for window in (4, 200))
     assert not isinstance(slow, str)
     assert not isinstance(fast, str)
-    assert slow.samples_per_s == pytest.approx(2.0, rel=0.15)
-    assert fast.samples_per_s == pytest.approx(8.0, rel=0.05)
+    assert slow.bottleneck is not None
+    assert fast.bottleneck is not None
+    assert (slow.bottleneck.kind, fast.bottleneck.kind) == ("slots", "trainer")
+    assert slow.prediction.samples_per_s == pytest.approx(2.0, rel=0.15)
+    assert fast.prediction.samples_per_s == pytest.approx(8.0, rel=0.05)
 
 
 def test_processes_find_what_one_finds() -> None:

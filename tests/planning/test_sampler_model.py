@@ -144,7 +144,7 @@ def test_a_cancelled_rollout_frees_its_place() -> None:
         tasks[1].cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         load = await sampler.load()
-        return world.now, load.running, load.waiting, sampler.busy
+        return world.now, load.running, load.waiting, sampler.totals.busy
 
     # Two run at 0.2 s a token: 5 tokens by 1 s. Then the third joins: at 2 s the first is done; 5 more alone.
     assert live(model, work) == (pytest.approx(2.5), 0, 0, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def block(shown: Any, key: str) -> Any:
 def test_the_overview_says_how_it_went(run: Path) -> None:
     shown = report([load_run(run)])
     tiles = {tile["label"]: (tile["value"], tile["about"]) for tile in block(shown, "numbers")["tiles"]}
-    assert tiles["state"][0] == "ended"
+    assert shown["state"] == "ended"
     assert tiles["optimizer steps"] == ("40", "of 40")
     assert tiles["time"][0] == "1 min 20 s"
     assert tiles["held-out reward"] == ("0.2 → 0.8", "95 % intervals 0.1–0.3 and 0.7–0.9")
@@ -110,6 +111,18 @@ def test_a_failed_run_says_why(tmp_path: Path) -> None:
     root = make_run(tmp_path / "run", steps=1)
     (root / "summary.json").write_text('{"error": "the disk was full"}')
     assert block(report([load_run(root)]), "error")["text"] == "The run failed: the disk was full"
+
+
+def test_supervised_training_has_a_report_too(tmp_path: Path) -> None:
+    """Without rollouts, and with evaluations of its own."""
+    with JsonlFile(tmp_path / "metrics.jsonl") as metrics, JsonlFile(tmp_path / "evaluations.jsonl") as evaluations:
+        for step in range(1, 9):
+            metrics.write({"step": step, "time_s": step, "step_s": 1.0, "train_s": 0.9, "loss": 1 / step, "units": 4})
+            evaluations.write({"eval_version": step, "eval_loss": 2 / step})
+    shown = report([load_run(tmp_path)])
+    assert [section["title"] for section in shown["sections"]] == ["Overview", "Reward", "Off-policyness", "Speed"]
+    assert block(shown, "eval_loss")["series"][0]["y"][0] == 2
+    assert [one["id"] for one in shown["sections"][0]["blocks"]] == ["numbers"]
 
 
 def test_runs_are_compared(tmp_path: Path) -> None:
@@ -211,6 +224,12 @@ def test_what_was_asked_wrongly_is_said(run: Path, capsys: pytest.CaptureFixture
     assert "named twice" in capsys.readouterr().err
     assert main(["report", str(run), "--out", str(run / "config.toml")]) == 2
     assert "is another file" in capsys.readouterr().err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["report", str(run), "--live", "--port", str(port)]) == 2
+        assert f"--port: {port} cannot be used" in capsys.readouterr().err
 
 
 def test_a_report_is_made_quickly_and_loads_no_torch(run: Path) -> None:

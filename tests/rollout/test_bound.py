@@ -123,6 +123,8 @@ def test_no_token_is_trained_beyond_the_bound(  # type: ignore[no-untyped-def]
 class Witness:
     """Sees each group's bound where it is admitted, and its tokens where they go to the trainer."""
 
+    now: int
+    """The bound."""
     bounds: dict[int, int] = field(default_factory=dict)
     """By sequence."""
     moves: int = 0
@@ -136,12 +138,12 @@ class Witness:
             controller.bound = chance.randint(controller._least, controller._most)
             controller._interval = chance.randint(1, 9)
             self.moves += controller.bound != before
+            self.now = controller.bound
 
         admitted, add = queue.GroupOrder.admitted, Batch.add
 
         def admit(order: queue.GroupOrder, sequence: int, version: int) -> None:
-            assert order.bound is not None
-            self.bounds[sequence] = order.bound
+            self.bounds[sequence] = self.now
             admitted(order, sequence, version)
 
         def train(batch: Batch, groups: list[Group]) -> list[TrainSequence]:
@@ -170,7 +172,7 @@ def test_no_token_is_over_the_bound_of_its_group_while_the_bound_jumps(  # type:
     config, rows, failure_rate, equal_rate, step_s, publish_s, chance
 ) -> None:
     random.seed(chance.random())
-    witness = Witness()
+    witness = Witness(config.staleness.min_staleness)
     with pytest.MonkeyPatch.context() as patch:
         witness.watch(patch, chance)
         outcome = simulate(
@@ -345,7 +347,7 @@ def jumping() -> Outcome:
     )
     chance = random.Random(0)
     with pytest.MonkeyPatch.context() as patch:
-        witness = Witness()
+        witness = Witness(0)
         witness.watch(patch, chance)
         outcome = simulate(
             config,

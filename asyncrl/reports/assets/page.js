@@ -66,7 +66,8 @@ const page = (() => {
   // Plotly reads a little HTML in the texts it is given; here they are texts.
   const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/\n/g, "<br>");
 
-  const shortened = (text) => (text.length <= LONGEST_TICK ? text : `${text.slice(0, LONGEST_TICK - 1)}…`);
+  // Names of runs often begin alike, so their ends are kept too.
+  const shortened = (text) => (text.length <= LONGEST_TICK ? text : `${text.slice(0, LONGEST_TICK / 2 - 1)}…${text.slice(-LONGEST_TICK / 2)}`);
 
   function axis(described, names) {
     const type = described.names ? "category" : described.log ? "log" : "linear";

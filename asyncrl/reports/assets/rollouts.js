@@ -89,7 +89,7 @@ page.drawers.rollouts = (block, kept) => {
     const where = rollout.evaluation ? `Evaluation at step ${rollout.step}, row ${rollout.row}`
       : `Step ${rollout.step}, row ${rollout.row} of epoch ${rollout.epoch}, rollout ${rollout.member + 1}`;
     const facts = [["reward", cell(rollout.reward)], ["advantage", cell(rollout.advantage)], ["took", rollout.seconds === null ? "–" : `${cell(rollout.seconds)} s`],
-      ["staleness", rollout.staleness === null ? "–" : `${rollout.staleness} steps`]];
+      ["staleness", rollout.staleness === null ? "–" : `${rollout.staleness} step${rollout.staleness === 1 ? "" : "s"}`]];
     const parts = [el("h4", {}, block.several ? `${rollout.run}: ` : "", where), pairs(facts.filter(([, value]) => value !== "–"))];
     rollout.samples.forEach((sample, place) => {
       if (rollout.samples.length > 1) parts.push(el("h5", {}, `Segment ${place + 1} of ${rollout.samples.length}`));

@@ -119,6 +119,7 @@ class StepAccount:
             "rollouts_finished": engine.scheduler.finished_rollouts,
             "published": engine.published,
             **load.replicas(),
+            **(engine.adaptive.gauges() if engine.adaptive is not None else {}),
         }
 
     def live(self) -> Gauges:
@@ -143,7 +144,8 @@ class StepAccount:
             ready_groups=len(engine.queue),
             hot_load_s=engine.publication.last_s,
             staleness=batch.staleness.mean,
-            behavior_kl=result.metrics.get("behavior_kl", 0.0),
+            # Between policy and sampler: with `loss.anchor = "rollout"` the anchor is the sampler, and all of it in ppo_kl.
+            kl=result.metrics.get("behavior_kl", 0.0) + result.metrics.get("ppo_kl", 0.0),
             ess=result.metrics.get("ess", 1.0),
         )
 
@@ -159,7 +161,6 @@ class StepAccount:
             **{name: self._sums[name] / samples for name, samples in self._samples.items()},
             **spread(self._requests),
             **engine.slots.step_completed(),
-            **(engine.adaptive.gauges() if engine.adaptive is not None else {}),
             "time_s": self.elapsed_s(),
             "step_s": step_s,
             **dict.fromkeys(PARTS, 0.0),

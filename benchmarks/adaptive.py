@@ -33,13 +33,13 @@ from asyncrl.demo.model import WARM_STEPS, make_model
 from asyncrl.demo.task import rollout
 
 BOUNDS = (0, 1, 2, 4, 8, 16)
-ADAPTIVE = {"min_staleness": 0, "max_staleness": 16}
+ADAPTIVE = {"min_staleness": 1, "max_staleness": 16}
 GROUPS = 8
-SHORT_PROMPTS = 120
+SHORT_PROMPTS = 96
 SHORT_S, LONG_S = (0.1, 0.3), (4.0, 6.0)
 LONG_SHARE = 8
-TARGET, RECENT = 0.95, 512
-LIMIT_S = 90.0
+TARGET, RECENT = 0.97, 512
+LIMIT_S = 60.0
 IN_FLIGHT = 2048
 
 

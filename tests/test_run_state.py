@@ -200,16 +200,28 @@ def test_every_prompt_is_trained_once_whenever_the_process_ends(
         assert max(old for _, _, old in lineage.trained) <= staleness
 
 
-def pairs(max_staleness: int) -> Config:
+def pairs(max_staleness: int, min_staleness: int | None = None) -> Config:
     """Steps of two groups of one rollout each."""
     return Config(
         model="none",
         completions_per_prompt=1,
         advantage="reinforce",
         prompt_groups_per_step=2,
-        staleness={"max_staleness": max_staleness},
+        staleness={"max_staleness": max_staleness, "min_staleness": min_staleness},
         concurrency={"min_window": 8, "max_window": 8},
     )
+
+
+def test_a_bound_that_has_moved_goes_on_from_there() -> None:
+    """And the finished groups have the deadlines that they had, of the bounds under which they began."""
+    config = pairs(max_staleness=4, min_staleness=0)
+    lineage = Lineage()
+    saved = live(config, 60, lineage, None, None)
+    state = next(state for state in saved.states if state.loop["adaptive"]["bound"] > 1 and state.groups)
+    assert len(state.loop["deadlines"]) == len(state.groups)
+    lineage.rewind(state.step)
+    live(config, 60, lineage, state, None)  # looks that the bound is the same
+    assert {draw for _, draw, _ in lineage.trained} == {(0, row) for row in range(60)}
 
 
 def test_finished_groups_are_trained_and_not_rolled_out_again() -> None:

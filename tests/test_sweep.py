@@ -237,12 +237,13 @@ class TestProcesses:
     def test_a_stop_lets_what_runs_save_itself_and_starts_nothing(self, tmp_path: Path) -> None:
         commands: dict[str, str] = {}
         jobs = [job(tmp_path, name, STOPS, commands) for name in "abc"]
-        runner = self.runner(jobs, commands, at_once=2)
+        runner, deadline = self.runner(jobs, commands, at_once=2), time.monotonic() + LIMIT_S / 2
 
         def look() -> None:
             ready = [one for one in jobs if one.log.exists() and "ready" in one.log.read_text()]
             if len(ready) == 2 and not runner.stopping:
                 runner.stop()
+            assert time.monotonic() < deadline
 
         runner.run(look)
         assert [one.state for one in jobs] == ["stopped", "stopped", "waiting"]

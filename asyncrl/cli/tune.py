@@ -31,7 +31,7 @@ from asyncrl.reports.run_data import RunData, load_run
 from asyncrl.storage.folder import RunFolder
 
 MOST_WARM_UP = 50
-RESAMPLES = 6
+RESAMPLES = 5
 FEW_ROLLOUTS, FEW_STEPS = 500, 20
 """Of a run: fewer say little of its tail."""
 

@@ -45,6 +45,8 @@ FILTERED = 0.65
 """Share of the groups. Fewer cost no more than a larger staleness bound or window brings."""
 EVALUATING = 0.4
 """Share of the rollouts under way."""
+OUTSIDE = 0.7
+"""Share of a rollout's time. Where less of it goes by outside of the model, faster tools alone bring little."""
 KV_FULL = 0.9
 UNEVEN = 1.5
 """`replica_spread`, where the same replica is the busiest `MOSTLY`: by chance it is another one each time."""
@@ -174,7 +176,7 @@ def _uneven(account: Account, late: str) -> Bottleneck | None:
             "The log says why the others were lost.",
         )
     spread, (number, share) = account.mean("replica_spread"), account.busiest_replica()
-    if spread < UNEVEN or share < MOSTLY:
+    if spread < UNEVEN or share < MOSTLY or _outside(account) > 1 - WORTH:
         return None
     return Bottleneck(
         "replicas",
@@ -256,7 +258,7 @@ def _no_slots(account: Account, late: str) -> Bottleneck | None:
 
 def _tools(account: Account, late: str) -> Bottleneck | None:
     """No staleness that anybody wants would hide them."""
-    if _outside(account) <= HALF or _needed_staleness(account) <= MOST_STALENESS:
+    if _outside(account) <= OUTSIDE or _needed_staleness(account) <= MOST_STALENESS:
         return None
     return Bottleneck(
         "tools",

@@ -127,10 +127,10 @@ def _why(chosen: Point, best: Point, give: float, worst: float, within: bool) ->
 
 
 def _biased(chosen: Point) -> str:
-    return (
-        f"The {chosen.lost:.0%} of the tokens that are lost are the early ones of the longest rollouts: what is "
-        "trained leans towards short ones."
+    whose = (
+        "the early ones of the longest rollouts" if chosen.setting.policy == "mask" else "those of the slowest groups"
     )
+    return f"The {chosen.lost:.0%} of the tokens that are lost are {whose}: what is trained leans towards short ones."
 
 
 def _fresher(other: Point, chosen: Point) -> str:

@@ -85,8 +85,9 @@ class Prediction:
     """Finished, trained or not."""
     loss_tokens_per_s: float
     """Trained: without those that are masked because of their age."""
-    masked_tokens_per_s: float
-    """Drawn for nothing: masked, or of groups that were dropped or sent back because of their age."""
+    lost_tokens_per_s: float
+    """Drawn for nothing: masked, or of groups that were dropped or sent back because of their age (by the mean of a
+    group's tokens)."""
     steps_per_s: float
     staleness_mean: float
     """Over the loss tokens."""
@@ -193,7 +194,7 @@ class _Steps:
     tokens: list[int] = field(default_factory=list)
     staleness: list[float] = field(default_factory=list)
     """Summed over `tokens`."""
-    masked: list[int] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
     parts: list[tuple[float, ...]] = field(default_factory=list)
     """Of the step's record, as `_PARTS` names them."""
     worst: int = 0
@@ -221,6 +222,7 @@ class _Simulation:
         self._config, self._machine, self._workload = config, machine, workload
         self._warm_up, self._last, self._on_step = warm_up, last, on_step
         self._order = workload.order(seed)
+        self._drawn = workload.mean_drawn
         self._rng = random.Random(seed)
         self._world = World()
         self._sampler = ModelledSampler(machine.sampler, self._world, self._rng)
@@ -249,7 +251,7 @@ class _Simulation:
 
     def _load_every_s(self) -> float:
         """Often enough for an adaptive window, which takes a look that is too late for none; no more than is of use."""
-        rollout_s = self._workload.mean_idle_s + self._workload.mean_drawn * self._machine.sampler.token_s
+        rollout_s = self._workload.mean_idle_s + self._drawn * self._machine.sampler.token_s
         fixed = self._config.concurrency.min_window == self._config.concurrency.max_window
         return max(LOAD_EVERY_S, rollout_s / 4 if fixed else min(rollout_s / LOOKS_A_ROLLOUT, STALE_AFTER_S / 2))
 
@@ -286,7 +288,8 @@ class _Simulation:
         steps.rollouts.append(record["rollouts_finished"])
         steps.tokens.append(tokens)
         steps.staleness.append(staleness)
-        steps.masked.append(masked)
+        sent_away = record["stale_dropped"] + record["stale_requeued"]
+        steps.lost.append(masked + round(sent_away * self._config.completions_per_prompt * self._drawn))
         steps.parts.append(tuple(record.get(name, 0.0) for name in _PARTS))
         steps.worst = max(steps.worst, worst)
         self._on_step(record)
@@ -306,7 +309,7 @@ class _Simulation:
             samples_per_s_error=standard_error(np.array(steps.time), np.array(steps.samples[1:])),
             rollouts_per_s=sum(steps.rollouts[1:]) / seconds,
             loss_tokens_per_s=tokens / seconds,
-            masked_tokens_per_s=sum(steps.masked[1:]) / seconds,
+            lost_tokens_per_s=sum(steps.lost[1:]) / seconds,
             steps_per_s=(len(steps.time) - 1) / seconds,
             staleness_mean=sum(steps.staleness[1:]) / max(tokens, 1),
             staleness_worst=steps.worst,

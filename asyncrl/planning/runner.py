@@ -217,8 +217,8 @@ def _solve(task: Task) -> Answer | str:
 def point_of(setting: Setting, answer: Answer, ideal: float) -> Point:
     """What matters of an answer."""
     prediction, binds = answer.prediction, answer.bottleneck
-    drawn = prediction.loss_tokens_per_s + prediction.masked_tokens_per_s
-    lost = prediction.masked_tokens_per_s / drawn if drawn else 0.0
+    drawn = prediction.loss_tokens_per_s + prediction.lost_tokens_per_s
+    lost = prediction.lost_tokens_per_s / drawn if drawn else 0.0
     kept = 1 - lost if setting.policy == "mask" else 1.0  # others train all of what they train
     return Point(
         setting=setting,

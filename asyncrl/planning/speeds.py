@@ -92,6 +92,8 @@ def trainer(config: Config, text: str, workload: Workload, said: Said) -> Traine
         said.append(("optimizer step", text))
         return TrainerModel(step_s=step_s, token_s=token_s)
     seconds = quantity(text, TIMES, "--step")
+    if not seconds:
+        raise ConfigError("--step is 0. An optimizer step takes time: expected such as 2s.")
     groups, size = config.prompt_groups_per_step, config.completions_per_prompt
     said.append(
         ("optimizer step", f"{duration(seconds)} for {groups} groups of {size}; others in proportion to tokens")

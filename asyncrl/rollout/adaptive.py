@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from asyncrl.config import Config
 
 KL_LIMIT = 0.1
-"""Of `behavior_kl`, in nats. On the demo's task a bound of 4, which costs hardly any accuracy, stays below; 8 and 16,
+"""Of the KL between policy and sampler, in nats. On the demo's task a bound of 4, which costs hardly any accuracy, stays below; 8 and 16,
 which do, have 0.2 to 0.4 while the policy moves fast."""
 ESS_LOSS_LIMIT = 0.1
 """Of 1 - `ess`: a tenth of the batch's weight is lost."""
@@ -70,15 +70,15 @@ class StepFacts:
     """How long the last hot-load took."""
     staleness: float
     """Mean over the loss tokens, in steps."""
-    behavior_kl: float
-    """In nats. 0 where the objective does not tell."""
+    kl: float
+    """Between the policy and the sampler, in nats. 0 where the trainer does not tell."""
     ess: float
-    """A share. 1 where the objective does not tell."""
+    """A share. 1 where the trainer does not tell."""
 
     @property
     def strain(self) -> float:
         """How off-policy the tokens were, 1 at the limit."""
-        return max(self.behavior_kl / KL_LIMIT, (1 - self.ess) / ESS_LOSS_LIMIT)
+        return max(self.kl / KL_LIMIT, (1 - self.ess) / ESS_LOSS_LIMIT)
 
 
 @dataclass(slots=True)
@@ -174,7 +174,7 @@ class AdaptiveStaleness:
 
     def _ease(self, facts: StepFacts) -> None:
         bound = max(min(self.bound - 1, math.floor(bearable(facts.staleness, facts.strain))), self.bound // 2)
-        self._move(bound, f"tokens are too off-policy: behavior_kl {facts.behavior_kl:.3f}, ess {facts.ess:.2f}")
+        self._move(bound, f"tokens are too off-policy: KL to the sampler {facts.kl:.3f}, ess {facts.ess:.2f}")
 
     def _judge(self, window: _Window) -> None:
         self._space_hot_loads(window)

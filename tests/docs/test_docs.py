@@ -83,7 +83,7 @@ BROKEN = {
     '```python\nasync def rollout(prompt):\n    return prompt["solution"]\n```': "solution",
     "```python\nasync def make_rollout(setup):\n    raise OSError('no luck')\n```": "no luck",
     "```python\nconfig = asyncrl.Config(model='Qwen/Qwen3-0.6B', steps=3)\n```": "steps: there is no such setting",
-    "```python\nasyncrl.train(rollout, dataset='train.jsonl', config=asyncrl.Config(model='a/b'))\n```": "no model 'a/b'",
+    "```python\nconfig = asyncrl.Config(model='a/b')\n```": "no model 'a/b'",
     (
         "```python\ndef loss(inputs): return 1 / 0\n"
         "config = asyncrl.Config(model='Qwen/Qwen3-0.6B', policy_loss=loss)\n```"

@@ -14,6 +14,7 @@ import pytest
 
 from asyncrl.config import Config
 from asyncrl.metrics.sinks import open_sinks
+from asyncrl.metrics.trackers import TensorBoardTracker
 
 CONFIG = Config(model="some/model", seed=7)
 STEPS = [{"step": step, "reward_mean": step / 4, "loss": math.nan if step == 2 else 0.5} for step in (1, 2, 3)]
@@ -65,6 +66,20 @@ class TestTensorBoard:
             sinks.write(step)
         wait_for(lambda: len(self.scalars(tmp_path / "tensorboard").get("reward_mean", ())) == len(STEPS))
         sinks.close()
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # its thread says so too
+    def test_a_disk_that_does_not_take_a_record_is_noticed_with_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from tensorboard.summary.writer import record_writer
+
+        def full(writer: Any, data: bytes) -> None:
+            raise OSError("disk full")
+
+        tracker = TensorBoardTracker(tmp_path, None)
+        monkeypatch.setattr(record_writer.RecordWriter, "write", full)
+        with pytest.raises(OSError, match="disk full"):
+            tracker.log("step", STEPS[0])
 
     def test_a_run_that_goes_on_forgets_what_was_undone(self, tmp_path: Path) -> None:
         """Also of the rollout side, whose axis counts otherwise: its first record stays."""

@@ -84,6 +84,8 @@ def test_bounds_that_never_bind_are_not_recommended() -> None:
 def test_a_reader_is_told_whose_tokens_are_lost() -> None:
     lossy = point("mask", 2, 0.9, 1.0, lost=BIASED)
     assert any("early ones of the longest rollouts" in reason for reason in recommend([lossy]).reasons)
+    slow = recommend([point("drop", 2, 0.9, 1.0, lost=BIASED)])
+    assert any("those of the slowest groups" in reason for reason in slow.reasons)
     hardly = point("mask", 2, 0.9, 1.0, lost=BIASED / 2)
     assert not any("longest rollouts" in reason for reason in recommend([hardly]).reasons)
 

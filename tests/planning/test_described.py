@@ -216,6 +216,7 @@ def test_a_step_by_its_tokens() -> None:
         (Description(tokens="9", step="1s", sampler="10 tokens/s at 1, 9000 tokens/s at 2"), "faster than each of 1"),
         (Description(tokens="9", step="1s", sampler="0 tokens/s at 1"), "one or two speeds"),
         (Description(tokens="9", step="1s", no_signal="100%"), "--no-signal is '100%'"),
+        (Description(tokens="9", step="0s"), "--step is 0"),
         (Description(tokens="9", step="uniform(1s, 2s)"), "--step is 'uniform(1s, 2s)'"),
     ],
 )

@@ -103,6 +103,17 @@ def test_masked_tokens_are_counted_as_lost() -> None:
     assert found.loss_tokens_per_s < found.rollouts_per_s * 20
 
 
+@pytest.mark.parametrize("on_stale", ["drop", "requeue"])
+def test_groups_that_are_sent_away_are_counted_as_lost(on_stale: str) -> None:
+    """Every rollout draws 20 tokens: what is finished and not trained has been lost."""
+    machine = Machine(SAMPLER, TrainerModel(step_s=0.7))
+    staleness = {"max_staleness": 1, "policy": "pace", "on_stale": on_stale}
+    found = predict(config_of(staleness, window=64), machine, TAILED, steps=200)
+    assert found.staleness_worst == 1
+    lost = (found.rollouts_per_s - found.samples_per_s) * 20
+    assert found.lost_tokens_per_s == pytest.approx(lost, rel=0.15) != 0
+
+
 @given(st.integers(0, 4), st.integers(1, 3), st.sampled_from(["wait", "pace"]), st.integers(4, 64), st.integers(0, 9))
 @settings(max_examples=12, deadline=None)
 def test_a_hard_bound_is_kept(bound: int, interval: int, policy: str, window: int, seed: int) -> None:

@@ -168,10 +168,10 @@ def test_it_answers_requests_as_any_sampler() -> None:
 def test_one_clock_for_all_agrees_with_counting_every_token(
     requests: list[tuple[float, int, int]], running_s: float, most: int
 ) -> None:
-    """Against a simulation in small steps that knows each request's own progress."""
+    """Against a simulation in small steps that knows each request's own progress, and is a step late at each event."""
     model = SamplerModel(token_s=0.1, running_s=running_s, prompt_s=0.01, max_running=most)
     exact = times(model, [(begin, rollout(drawn, fresh=fresh)) for begin, drawn, fresh in requests])
-    assert exact == pytest.approx(_by_small_steps(model, requests), abs=0.05)
+    assert exact == pytest.approx(_by_small_steps(model, requests), abs=0.02 + 0.01 * len(requests))
 
 
 def _by_small_steps(model: SamplerModel, requests: list[tuple[float, int, int]], step_s: float = 2e-3) -> list[float]:

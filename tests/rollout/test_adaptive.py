@@ -133,7 +133,7 @@ class TestLowering:
         strained = facts(staleness=8.0, kl=KL_LIMIT * 1.45)
         assert steps_until_moved(made, strained) == SUSTAINED
         assert made.bound == 5  # (8 + 1) / 1.45 - 1 = 5.2
-        assert made.reason == "8 -> 5: tokens are too off-policy: behavior_kl 0.145, ess 1.00"
+        assert made.reason == "8 -> 5: tokens are too off-policy: KL to the sampler 0.145, ess 1.00"
 
     def test_at_most_by_half_and_not_again_before_it_shows(self) -> None:
         made = at(8)
@@ -361,6 +361,11 @@ def mean_staleness(outcome: Outcome, steps: slice) -> float:
 def test_a_tail_that_comes_in_the_middle() -> None:
     random.seed(0)
     moved, tight, loose = tail_comes(0, 16), tail_comes(None, 2), tail_comes(None, 16)
+    begun = moved.records[: STEPS - 20]  # then the data ends
+    bounds = [0, *(record["staleness_bound"] for record in begun)]
+    raised = [record for record, before in zip(begun, bounds, strict=False) if record["staleness_bound"] > before]
+    assert len(raised) > 2
+    assert all(record["budget_free"] == 0 for record in raised), "groups begin at once"
     assert moved.seconds < 0.5 * tight.seconds
     assert moved.seconds < 1.6 * loose.seconds
     short = slice(5, SWITCH)

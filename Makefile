@@ -34,6 +34,7 @@ check: $(VENV)/installed-dev
 
 docs: $(VENV)/installed
 	$(BIN)/python -m asyncrl.cli.docs
+	$(BIN)/python benchmarks/plot_tuning.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -144,7 +144,7 @@ class StepAccount:
             ready_groups=len(engine.queue),
             hot_load_s=engine.publication.last_s,
             staleness=batch.staleness.mean,
-            # Between policy and sampler: with `loss.anchor = "rollout"` the anchor is the sampler, and all of it in ppo_kl.
+            # Policy to anchor and anchor to sampler: one of them is about 0, `loss.anchor` says which.
             kl=result.metrics.get("behavior_kl", 0.0) + result.metrics.get("ppo_kl", 0.0),
             ess=result.metrics.get("ess", 1.0),
         )

@@ -4,14 +4,15 @@
     python benchmarks/adaptive.py --seeds 0 --settings 4 adaptive
 
 The task and the model are the demo's: two-step arithmetic with a calculator tool, 0.66 M parameters, 8 groups of 8 a
-step, groups without signal replaced. A judge gives the rewards. For the first `SHORT_PROMPTS` problems it takes 0.1 to
-0.3 s; later one verdict in `LONG_SHARE` takes 4 to 6 s, so that two groups of three wait for one. While the tail is
-short a small bound is as fast as a large one, and learns more from each step, since the policy moves quickly; once it
-is long, only a large one keeps the trainer busy, and the policy has become slow.
+step, groups without signal replaced. Each optimizer step takes `PAUSE_S` longer than it has to, as that of a larger
+model would, and a judge gives the rewards. For the first `SHORT_PROMPTS` problems the judge takes 0.1 to 0.3 s; later
+one verdict in `LONG_SHARE` takes 6 to 8 s, so that two groups of three wait for one. While the tail is short a small
+bound is as fast as a large one, and learns more from each step, since the policy moves quickly; once it is long, only a
+large one keeps the trainer busy, and the policy has become slow.
 
 Measured is the time to reward: when the last `RECENT` rollouts first had a mean reward of `TARGET`. A run ends there,
-or after `LIMIT_S` of training. All settings get the same problems in the same order. Results are kept in `--out`, one
-JSON line per run, and a run that is there already is not done again.
+or after `LIMIT_S` of training, or after `STEPS`. All settings get the same problems in the same order. Results are kept
+in `--out`, one JSON line per run, and a run that is there already is not done again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import shutil
 import statistics
 import sys
 import time
@@ -31,14 +33,18 @@ import asyncrl
 from asyncrl.demo.command import demo_config, demo_rows
 from asyncrl.demo.model import WARM_STEPS, make_model
 from asyncrl.demo.task import rollout
+from asyncrl.training.thread import ThreadedTrainer
+from asyncrl.types import StepResult
 
 BOUNDS = (0, 1, 2, 4, 8, 16)
 ADAPTIVE = {"min_staleness": 1, "max_staleness": 16}
-GROUPS = 8
+GROUPS, STEPS = 8, 48
+"""The learning rate, the demo's, falls to 0 at the last step."""
 SHORT_PROMPTS = 96
-SHORT_S, LONG_S = (0.1, 0.3), (4.0, 6.0)
+SHORT_S, LONG_S = (0.1, 0.3), (6.0, 8.0)
+PAUSE_S = 0.6
 LONG_SHARE = 8
-TARGET, RECENT = 0.97, 512
+TARGET, RECENT = 0.96, 512
 LIMIT_S = 60.0
 IN_FLIGHT = 2048
 
@@ -76,6 +82,7 @@ def run(setting: str, seed: int, out: Path) -> dict[str, Any]:
     if not start.exists():
         make_model(start, seed=seed, steps=WARM_STEPS)
     folder = out / f"{setting}-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
     child = multiprocessing.get_context("spawn").Process(target=train, args=(setting, seed, start, folder))
     child.start()
     records: list[dict[str, Any]] = []
@@ -85,6 +92,8 @@ def run(setting: str, seed: int, out: Path) -> dict[str, Any]:
     child.terminate()
     child.join()
     records = read(folder / "metrics.jsonl")
+    if not records:
+        raise SystemExit(f"{setting}, seed {seed}: the run took no step (exit code {child.exitcode}); see above")
     step = next((step for step in range(1, len(records) + 1) if recent_reward(records[:step]) >= TARGET), None)
     trained = records[:step]
     return {
@@ -100,19 +109,29 @@ def run(setting: str, seed: int, out: Path) -> dict[str, Any]:
 
 
 def train(setting: str, seed: int, start: Path, folder: Path) -> None:
-    config = demo_config(start / "start-model", folder, seed=seed, steps=1000).model_dump()
+    config = demo_config(start / "start-model", folder, seed=seed, steps=STEPS).model_dump()
     config |= {
         "data": {"shuffle": False},
         "prompt_groups_per_step": GROUPS,
         "on_filtered": "replace",
-        "optimizer": {"learning_rate": 3e-4, "warmup_steps": 3},
         "staleness": ADAPTIVE if setting == "adaptive" else {"max_staleness": int(setting)},
         "concurrency": {"min_window": IN_FLIGHT, "max_window": IN_FLIGHT},
         "checkpoint": {"interval": 0, "final": False},
         "save_model": False,
     }
+    slow_down(ThreadedTrainer)
     rows = demo_rows(seed, 20_000, held_out=False)
     asyncrl.train(judged, dataset=rows, config=asyncrl.Config(**config), view="quiet")
+
+
+def slow_down(trainer: type[ThreadedTrainer]) -> None:
+    quick = trainer.optim_step
+
+    async def slow(self: ThreadedTrainer, *given: Any) -> StepResult:
+        await asyncio.sleep(PAUSE_S)
+        return await quick(self, *given)
+
+    trainer.optim_step = slow  # type: ignore[method-assign]
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from asyncrl.errors import ConfigError, DataError
 from asyncrl.exits import FAILED, FINISHED
 from asyncrl.interrupt import Interrupt, stop_on_signals
 from asyncrl.metrics.jsonl import encode
-from asyncrl.private import hide_secrets
+from asyncrl.private import hide_secrets, private
 from asyncrl.reports.run_data import flat, load_run
 from asyncrl.reports.settings import PLACES
 from asyncrl.storage.folder import RunFolder
@@ -194,9 +194,10 @@ def _as_json(
 
 
 def _write(path: Path, value: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.unfinished")
-    beside.write_text(hide_secrets(json.dumps(json.loads(encode(value)), indent=2)) + "\n", encoding="utf-8")
+    with open(beside, "w", encoding="utf-8", opener=private) as file:
+        file.write(hide_secrets(json.dumps(json.loads(encode(value)), indent=2)) + "\n")
     beside.replace(path)
 
 

@@ -48,8 +48,9 @@ class JsonlSink:
         self._files[axis].write(record)
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+        with ExitStack() as stack:  # each, also where a full disk has kept a line of another from being written
+            for file in self._files.values():
+                stack.callback(file.close)
 
 
 class SinkList:

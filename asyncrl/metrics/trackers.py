@@ -66,7 +66,7 @@ class WandbTracker:
             name=where.run_name or folder.name,
             dir=folder,
             config=dict(settings),
-            # Its capture of the terminal and the live view would fight; its table of all metrics hides how the run ended.
+            # Its capture of the terminal and the live view would fight; its table of metrics hides how the run ended.
             settings=wandb.Settings(console="off", quiet=True),
         )
         known.parent.mkdir(exist_ok=True)

@@ -20,7 +20,7 @@ GIVE = 0.10
 """Share of the best rate that one gives for freshness: the knee of most of these curves lies within it."""
 WORST = 8
 """Steps. Published ablations lose no quality up to about here with a corrected objective (docs/staleness.md)."""
-SAME_STEPS, SAME_SHARE = 0.1, 0.15
+SAME_STEPS, SAME_SHARE = 0.2, 0.25
 """Two means that differ by so many steps, or by this share of the smaller one, are about as fresh."""
 FASTER = 0.01
 """Of the ideal rate: less is no difference."""

@@ -8,7 +8,8 @@ where F are its fresh prompt tokens and n the requests in its replica, averaged 
 calls themselves, since all are recorded. Working time is the clock's time, less what hot-loads and a trainer on the
 same device take away: W = integral of (1 - pause_share h) / (1 + slowdown u) over the call, h and u being 1 while a
 hot-load, or the trainer, is at work. Of these two numbers those are taken under which calls agree best; the others
-follow by least squares. What the prompts of others cost a call is in its n: it is taken out of `running_s` afterwards.
+follow by least squares. What the prompts of others cost a call is in its n, and so in `running_s`: the part that
+`prompt_s` explains is taken out of it, so that the engine's work stays what was measured.
 """
 
 from __future__ import annotations
@@ -127,13 +128,14 @@ def fit_sampler(run: RunData) -> SamplerModel:
     pause = _worth(PAUSES, lambda pause: fits.solve(slowdown, pause).spread) if pauses else 0.0
     fit = fits.solve(slowdown, pause)
     share = float(fresh.sum() / calls["drawn_tokens"].sum())
+    prompt_s = min(fit.prompt_s, fit.running_s / (1 + share))  # of the engine; a drawn token costs it as much, or more
     loads = np.diff(_spans(life, "publish"), axis=1)[:, 0][-MOST_HOT_LOADS:]
     return SamplerModel(
         replicas=replicas,
         token_s=fit.token_s,
-        running_s=max(0.0, fit.running_s - fit.prompt_s * share),
-        prompt_s=fit.prompt_s,
-        call_s=fit.call_s,
+        running_s=fit.running_s - prompt_s * share,
+        prompt_s=prompt_s,
+        call_s=fit.call_s + (fit.prompt_s - prompt_s) * float(fresh.mean()),
         max_running=most,
         hot_load_s=tuple(loads.tolist()) or (0.0,),
         pause_share=pause,

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from asyncrl.config import Config
 
 KL_LIMIT = 0.1
-"""Of the KL between policy and sampler, in nats. On the demo's task a bound of 4, which costs hardly any accuracy, stays below; 8 and 16,
-which do, have 0.2 to 0.4 while the policy moves fast."""
+"""Of the KL between policy and sampler, in nats. On the demo's task a bound of 4, which costs hardly any accuracy,
+stays below; 8 and 16, which cost some, have 0.2 to 0.4 while the policy moves fast."""
 ESS_LOSS_LIMIT = 0.1
 """Of 1 - `ess`: a tenth of the batch's weight is lost."""
 SUSTAINED = 2
@@ -188,7 +188,7 @@ class AdaptiveStaleness:
             self._raise(window)
         elif window.starved < IDLE and window.least_ready >= SPARE_BATCHES * self._batch_groups:
             self._idle += 1
-            if self._idle >= self._patience:
+            if self._idle >= self._patience and self.bound > self._least:
                 spare = int(window.least_ready) // self._batch_groups - SPARE_BATCHES + 1
                 self._move(self.bound - spare, f"{window.least_ready:.0f} finished groups always waited")
                 self._lowered_when_idle = True
@@ -233,11 +233,14 @@ class AdaptiveStaleness:
         hot_load_s, step_s = window.hot_load_s / window.steps, window.step_s
         if step_s <= 0:
             return
-        self._interval = min(self._interval, self.sync_interval)
+        before = self._interval = self.sync_interval
         if hot_load_s > (1 + HOT_LOAD_SLACK) * self._interval * step_s:
             self._interval = math.ceil(hot_load_s / ((1 + HOT_LOAD_SLACK) * step_s))
         elif hot_load_s < (1 - HOT_LOAD_SLACK) * (self._interval - 1) * step_s:
             self._interval = max(self._least_interval, self._interval - 1)
+        if self.sync_interval != before:
+            steps = hot_load_s / step_s
+            self.reason = f"{self.bound}: a hot-load takes {steps:.1f} steps, and comes every {self.sync_interval}"
 
     def _move(self, bound: int, reason: str) -> None:
         bound = min(max(bound, self._least), self._most)

@@ -4,8 +4,10 @@ config.toml        the settings as used; `asyncrl train` takes it again
 environment.json   machine, versions, git commit, command line
 metrics.jsonl      one record per optimizer step (docs/metrics.md)
 evaluations.jsonl  one record per evaluation
+producer.jsonl     records of the rollout side
 rollouts.jsonl     some rollouts of each step, readable
 ledger.db          what became of every prompt (`asyncrl audit`)
+timeline/          when everything began and ended (`asyncrl trace`)
 samples/           what was trained on (`asyncrl replay`)
 diagnosis/         what optimizer steps were given that could not be taken
 checkpoints/       what a resume goes on from; checkpoints.jsonl lists them

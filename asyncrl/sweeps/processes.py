@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from asyncrl.exits import CUT_SHORT
+from asyncrl.private import private
 from asyncrl.sampling.server import GUARD
 from asyncrl.sweeps.trials import Trial
 
@@ -113,8 +114,8 @@ class Runner:
         taken = {other.slot for other in self.running()}
         job.slot = next(slot for slot in range(self.at_once) if slot not in taken)
         grace_s = job.trial.config.stop_timeout_s + GRACE_S
-        job.log.parent.mkdir(parents=True, exist_ok=True)
-        with job.log.open("a", encoding="utf-8") as log:
+        job.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(job.log, "a", encoding="utf-8", opener=private) as log:
             job.process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(GUARD), str(grace_s), *self.command(job.trial)],
                 stdin=subprocess.PIPE,

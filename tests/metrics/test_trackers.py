@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ STEPS = [{"step": step, "reward_mean": step / 4, "loss": math.nan if step == 2 e
 EVALUATED = {"eval_version": 1.0, "eval_reward": 0.5}
 PRODUCED = [{"rollouts_ended": ended, "rollout_step": 1, "rollout_mean_s": ended / 64} for ended in (32, 64)]
 BLOCK = 32768
+LIMIT_S = 30.0
 
 
 def write_all(tracker: str, folder: Path, resumed: int | None = None) -> None:
@@ -37,8 +39,11 @@ def write_all(tracker: str, folder: Path, resumed: int | None = None) -> None:
 
 class TestTensorBoard:
     @pytest.fixture(autouse=True)
-    def _package(self) -> None:
-        pytest.importorskip("tensorboard", reason="an optional tracker")
+    def _package(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Files are read in the order of their names, which have a second and a number in them: of a second in which
+        several are made, 10 would come before 9."""
+        writer = pytest.importorskip("tensorboard.summary.writer.event_file_writer", reason="an optional tracker")
+        monkeypatch.setattr(writer, "_global_uid", writer.AtomicCounter(100))
 
     @staticmethod
     def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -80,6 +85,9 @@ class TestTensorBoard:
         monkeypatch.setattr(record_writer.RecordWriter, "write", full)
         with pytest.raises(OSError, match="disk full"):
             tracker.log("step", STEPS[0])
+        for thread in threading.enumerate():
+            if type(thread).__name__ == "_AsyncWriterThread":
+                thread.join(LIMIT_S)
 
     def test_a_run_that_goes_on_forgets_what_was_undone(self, tmp_path: Path) -> None:
         """Also of the rollout side, whose axis counts otherwise: its first record stays."""
@@ -204,7 +212,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
             yield record
 
 
-def wait_for(condition: Any, limit_s: float = 30.0) -> None:
+def wait_for(condition: Any, limit_s: float = LIMIT_S) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncrl.planning.advice import BIASED, frontier, recommend
+from asyncrl.planning.advice import BIASED, SAME_SHARE, SAME_STEPS, frontier, recommend
 from asyncrl.planning.setting import Point, Policy, Setting
 
 
@@ -133,7 +133,7 @@ def test_the_rule_holds_for_any_points(found: list[Point], give: float, worst: i
         assert advice.point in within
         assert advice.point.share >= (1 - give) * best
         enough = [p.staleness_mean for p in within if p.share >= (1 - give) * best]
-        assert advice.point.staleness_mean <= max(min(enough) + 0.1, min(enough) * 1.15)
+        assert advice.point.staleness_mean <= max(min(enough) + SAME_STEPS, min(enough) * (1 + SAME_SHARE))
     if advice.faster is not None:
         assert advice.faster.share > advice.point.share
     if advice.fresher is not None:

@@ -187,6 +187,7 @@ class TestHotLoads:
         for _ in range(9):
             made.observe(facts(seconds=1.0, hot_load_s=2.5, starved_s=0.02))
         assert made.sync_interval == 3
+        assert made.reason == "8: a hot-load takes 2.5 steps, and comes every 3"
 
     def test_half_of_the_bound_is_left_to_rollouts(self) -> None:
         made = at(8)

@@ -53,6 +53,7 @@ ENDS_A_PROGRAM = "\x1b]0;owned\x07\x1b[2J\x9b1;1H\r"
 
 MAY_UNPICKLE = {
     "workers.py": "a worker process of our own, over a pipe of our own",
+    "planning/runner.py": "the question of a plan, which our own process left for those that it starts",
     "training/tensor_files.py": "the index of a checkpoint, with a list of what it may name",
 }
 FORBIDDEN = {

@@ -144,9 +144,16 @@ def ideal(config: Config, machine: Machine, workload: Workload, *, steps: int = 
 
 
 def _bare(config: Config) -> Config:
-    """Only what the loop itself looks at. Nothing in virtual time stalls."""
+    """Only what the loop itself looks at. Nothing in virtual time stalls, and the user's functions, which may be
+    anywhere, have no rewards to judge here."""
     return config.model_copy(
-        update={"max_steps": None, "data": DataConfig(shuffle=False), "stall_timeout_s": FOR_EVER_S}
+        update={
+            "max_steps": None,
+            "data": DataConfig(shuffle=False),
+            "stall_timeout_s": FOR_EVER_S,
+            "group_filter": None,
+            "advantage": "grpo",
+        }
     )
 
 

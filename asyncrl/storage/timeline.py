@@ -140,7 +140,8 @@ class Timeline:
 
     def _run(self, folder: Path) -> None:
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for made in (folder.parent, folder):  # the mode is that of the last folder alone
+                made.mkdir(mode=0o700, exist_ok=True)
             with (
                 open(folder / "attempts.f8", "wb", opener=private) as attempts,
                 open(folder / "calls.f8", "wb", opener=private) as calls,

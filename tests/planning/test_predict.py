@@ -169,3 +169,11 @@ def test_the_same_seed_predicts_the_same() -> None:
     found, other = once(3), once(4)
     assert once(3) == found != other
     assert abs(found.samples_per_s - other.samples_per_s) < 6 * found.samples_per_s_error
+
+
+def test_functions_of_the_run_are_not_looked_for() -> None:
+    """A run that was started from a script names them by places that are nowhere else."""
+    nowhere = {"group_filter": "__main__:worth_it", "advantage": "gone.py:best_of"}
+    machine = Machine(SAMPLER, TrainerModel(step_s=1.0))
+    found = predict(config_of({"max_staleness": 1}, **nowhere), machine, EVEN, steps=10)
+    assert found.samples_per_s == predict(config_of({"max_staleness": 1}), machine, EVEN, steps=10).samples_per_s

@@ -196,3 +196,9 @@ def _by_small_steps(model: SamplerModel, requests: list[tuple[float, int, int]],
                 ends[index] = now
                 running.remove(index)
     return ends
+
+
+def test_tokens_that_take_less_than_the_clock_can_tell_are_drawn() -> None:
+    """At 1e9 s the clock has steps of 1e-7 s, and a token takes 1e-9."""
+    late = 1e9
+    assert times(SamplerModel(token_s=1e-9), [(late, rollout(3)), (late, rollout(5))]) == pytest.approx([late, late])

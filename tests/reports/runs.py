@@ -44,7 +44,11 @@ def make_run(
     Each step has four groups of two; every fourth is filtered, and rollouts of groups that are take twice as long.
     """
     config = Config(
-        model="tiny", run_dir=root, seed=seed, max_steps=max(1, steps), staleness=StalenessConfig(max_staleness=staleness)
+        model="tiny",
+        run_dir=root,
+        seed=seed,
+        max_steps=max(1, steps),
+        staleness=StalenessConfig(max_staleness=staleness),
     )
     folder = RunFolder.create(config)
     with JsonlFile(folder.metrics) as metrics:

@@ -139,7 +139,8 @@ def _write(plan: Plan, out: Path) -> None:
     from asyncrl.reports.page import write_page
 
     write_page(out, frontier_page(plan))
-    print(f"The frontier as a page: {out}", file=sys.stderr)
+    sys.stdout.flush()
+    print(f"\nThe frontier as a page: {out}", file=sys.stderr)
 
 
 # Options

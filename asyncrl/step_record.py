@@ -138,7 +138,11 @@ class StepAccount:
     def facts(self, batch: Batch, result: StepResult) -> StepFacts:
         """What moves the bound. The optimizer step was taken, and is not reported yet."""
         spent, engine = self._seconds, self.engine
+        admitted = [group.admitted_at for group in batch.groups]
         return StepFacts(
+            now=now(),
+            oldest_at=min(admitted),
+            newest_at=max(admitted),
             seconds=now() - self._began_at - spent["publish_wait_s"] - spent["checkpoint_s"],
             starved_s=max(spent["wait_budget_s"] + spent["wait_unpublished_s"], spent["wait_straggler_s"]),
             ready_groups=len(engine.queue),

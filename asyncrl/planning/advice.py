@@ -145,10 +145,10 @@ def _faster(other: Point, chosen: Point) -> str:
     times = f" ({after / before:.1f} times)" if before >= 0.1 and after >= 1.2 * before else ""
     mean = f"raises the mean staleness from {before:.1f} to {after:.1f}{times}"
     if f"{before:.1f}" == f"{after:.1f}":
-        mean = f"leaves the mean staleness at {after:.1f}"
+        mean = f"moves the mean staleness by less than 0.1 from {before:.1f}"
     old, new = chosen.staleness_worst, other.staleness_worst
-    worst = f"the worst is {new:.0f}" if old == new else f"the worst goes from {old:.0f} to {new:.0f}"
-    return f"Faster: {_difference(other, chosen)} gives {other.share:.0%} and {mean}; {worst}."
+    worst = "" if old == new else f", the worst from {old:.0f} to {new:.0f}"
+    return f"Faster: {_difference(other, chosen)} gives {other.share:.0%} and {mean}{worst}."
 
 
 def _beyond(points: Sequence[Point], best: Point, worst: float) -> list[str]:

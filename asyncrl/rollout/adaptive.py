@@ -12,7 +12,8 @@ With O for the bound, it follows three rules, in this order:
    and a raise that bought nothing is taken back.
 3. Finished groups that nobody waits for, batches of them over a long time, lower it: as fast, and fresher tokens.
 
-What is admitted under a bound is trained up to O steps later, so each change is given time to show before the next.
+Each change is given time to show before the next: a raise until groups are trained that began after it, a fall until
+all are.
 The window of concurrency (concurrency.py) has its own rules, of the sampler alone. The two do not fight: while the
 window holds rollouts back, the bound does not, and stays.
 """
@@ -60,6 +61,12 @@ HOT_LOAD_SLACK = 0.1
 class StepFacts:
     """What one optimizer step tells."""
 
+    now: float
+    """When it was taken, in seconds."""
+    oldest_at: float
+    """When the oldest group of its batch was admitted, on the same clock."""
+    newest_at: float
+    """The same of the youngest."""
     seconds: float
     """From the step before, without waits for hot-loads and checkpoints."""
     starved_s: float
@@ -143,8 +150,8 @@ class AdaptiveStaleness:
         self.bound = least
         self.reason = f"{least}: the start"
         self._window = _Window()
-        self._settling = 0
-        self._falling = False
+        self._now = self._moved_at = 0.0
+        self._settling = self._falling = False
         self._strained = 0
         self._trial: _Trial | None = None
         self._idle = 0
@@ -161,12 +168,12 @@ class AdaptiveStaleness:
 
     def observe(self, facts: StepFacts) -> None:
         """One more optimizer step was taken."""
+        self._now = facts.now
+        self._settling &= (facts.oldest_at if self._falling else facts.newest_at) < self._moved_at
         self._strained = self._strained + 1 if facts.strain > 1 else 0
         if self._strained >= SUSTAINED and not (self._settling and self._falling) and self.bound > self._least:
             self._ease(facts)
-        elif self._settling:
-            self._settling -= 1
-        else:
+        elif not self._settling:
             self._window.add(facts)
             if self._window.steps >= max(LEAST_WINDOW, (self.bound + 1) // 2):
                 window, self._window = self._window, _Window()
@@ -246,9 +253,7 @@ class AdaptiveStaleness:
         bound = min(max(bound, self._least), self._most)
         if bound != self.bound:
             self.reason = f"{self.bound} -> {bound}: {reason}"
-        # So many steps train what was admitted before. After a raise too: where the trainer starves, (O + 1) B groups
-        # are under way, and the first of the new ones finish behind them.
-        self._settling, self._falling = self.bound + 1, bound < self.bound
+        self._settling, self._falling, self._moved_at = True, bound < self.bound, self._now
         self._strained = self._idle = 0
         self._trial = None
         self._window = _Window()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -40,7 +42,8 @@ def facts(
     kl: float = 0.0,
     ess: float = 1.0,
 ) -> StepFacts:
-    return StepFacts(seconds, starved_s, ready, hot_load_s, staleness, kl, ess)
+    """Of a step whose groups were admitted when it was taken; `steps_until_moved` says when they were."""
+    return StepFacts(0.0, 0.0, 0.0, seconds, starved_s, ready, hot_load_s, staleness, kl, ess)
 
 
 def at(bound: int, least: int = 0, most: int = 16, interval: int = 1) -> AdaptiveStaleness:
@@ -50,10 +53,15 @@ def at(bound: int, least: int = 0, most: int = 16, interval: int = 1) -> Adaptiv
     return made
 
 
-def steps_until_moved(made: AdaptiveStaleness, told: StepFacts, most: int = 300) -> int | None:
+CLOCK = itertools.count(1)
+
+
+def steps_until_moved(made: AdaptiveStaleness, told: StepFacts, lag: int = 0, most: int = 300) -> int | None:
+    """Steps are a second apart; the groups of each began `lag` s before it."""
     before = made.bound
     for step in range(1, most + 1):
-        made.observe(told)
+        now = float(next(CLOCK))
+        made.observe(replace(told, now=now, oldest_at=now - lag, newest_at=now - lag))
         if made.bound != before:
             return step
     return None
@@ -94,7 +102,7 @@ class TestRaising:
         steps_until_moved(made, facts(starved_s=0.5))
         assert made.bound == 3
         faster = facts(seconds=0.6, starved_s=0.1)
-        assert steps_until_moved(made, faster) == 2 + 2  # until those before it are trained, and a window
+        assert steps_until_moved(made, faster, lag=5) == 4 + 2  # until groups of its own are trained, and a window
 
     def test_a_raise_that_buys_nothing_is_taken_back_and_tried_again_later(self) -> None:
         made = at(1)
@@ -140,7 +148,7 @@ class TestLowering:
         strained = facts(staleness=8.0, ess=0.2)
         steps_until_moved(made, strained)
         assert made.bound == 4
-        assert steps_until_moved(made, strained) >= 9  # what was admitted under 8 is still being trained
+        assert steps_until_moved(made, strained, lag=9) == 9  # what was admitted under 8 is still being trained
 
     def test_one_odd_batch_is_nothing(self) -> None:
         made = at(8)
@@ -217,6 +225,9 @@ class TestHotLoads:
     told=st.lists(
         st.builds(
             StepFacts,
+            st.floats(0, 99),
+            st.floats(0, 99),
+            st.floats(0, 99),
             st.floats(0, 10),
             st.floats(0, 10),
             st.integers(0, 99),

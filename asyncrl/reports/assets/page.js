@@ -152,6 +152,7 @@ const page = (() => {
 
   const CONFIG = {
     responsive: true, displaylogo: false,
+    displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false, // elsewhere it would lie on the chart for good
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "toggleSpikelines"],
   };
 

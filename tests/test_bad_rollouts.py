@@ -341,6 +341,7 @@ class Handle:
     """The policy of rollouts that draw nothing."""
 
     oldest_version: int | None = None
+    calls: tuple[float, ...] = ()
 
     def close(self) -> None: ...
 

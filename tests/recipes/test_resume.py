@@ -312,11 +312,11 @@ def test_a_disk_that_is_full_costs_a_checkpoint_and_not_the_run(
 def test_a_disk_that_is_full_for_all_is_one_clear_error(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: JsonlSink, record: Any) -> None:
-        if record["step"] == 3:
+    def full(self: JsonlSink, axis: str, record: Any) -> None:
+        if axis == "step" and record["step"] == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(JsonlSink, "write", full)
+    monkeypatch.setattr(JsonlSink, "log", full)
     with pytest.raises(EngineError, match=r"run cannot be written: No space left on device. Make room"):
         train(sft_loop, settings(model, tmp_path / "run"))
     assert names(tmp_path / "run")[-1] == "step-000003"

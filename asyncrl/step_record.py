@@ -194,13 +194,14 @@ class StepAccount:
 
 
 def _rollouts(counts: Counts, batch: Batch) -> Record:
-    rewards = [reward for group in batch.trained for reward in group.rewards]
+    trained = batch.trained
+    rewards = [run.reward for group in trained for run in group.runs]
     trained_mean = sum(rewards) / len(rewards) if rewards else math.nan
     return {
         "reward_mean": counts.reward_sum / counts.reward_count if counts.reward_count else trained_mean,
         "reward_trained_mean": trained_mean,
         **batch.turn_rewards(),
-        "groups_trained": len(batch.trained),
+        "groups_trained": len(trained),
         "groups_filtered": counts.filtered,
         "groups_rejected": counts.rejected,
         "members_failed": counts.lost,

@@ -103,11 +103,13 @@ def attempt_numbers(attempts: np.ndarray[Any, Any], calls: np.ndarray[Any, Any],
         step: Optimizer steps taken.
     """
     counts_here = (attempts["evaluation"] == 0) & (attempts["outcome"] != CUT_OFF)
-    calls = calls[np.repeat(counts_here, attempts["turns"].astype(np.int64))]
-    attempts = attempts[counts_here]
+    if not counts_here.all():
+        calls = calls[np.repeat(counts_here, attempts["turns"].astype(np.int64))]
+        attempts = attempts[counts_here]
     outcomes = attempts["outcome"]
+    done = outcomes == DONE
     return {
-        **_of_those_done(attempts[outcomes == DONE]),
+        **_of_those_done(attempts if done.all() else attempts[done]),
         "rollout_attempts_dropped": float(np.count_nonzero(outcomes == DROPPED)),
         "rollout_attempts_failed": float(np.count_nonzero(outcomes == FAILED)),
         "rollout_attempts_timed_out": float(np.count_nonzero(outcomes == TIMED_OUT)),
@@ -139,7 +141,7 @@ def _of_those_done(done: np.ndarray[Any, Any]) -> Record:
 def _mean(values: np.ndarray[Any, Any], weights: np.ndarray[Any, Any] | None = None) -> float:
     if not len(values) or (weights is not None and not weights.any()):
         return math.nan
-    return float(np.average(values, weights=weights))
+    return float(values.mean() if weights is None else np.average(values, weights=weights))
 
 
 def _most(values: np.ndarray[Any, Any]) -> float:

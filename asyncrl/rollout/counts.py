@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from asyncrl.errors import RolloutTimeout
 from asyncrl.rollout.group import Member
-from asyncrl.storage.timeline import CUT_OFF, DONE, DROPPED, FAILED, TIMED_OUT, Timeline
+from asyncrl.storage.timeline import CUT_OFF, DONE, DROPPED, FAILED, PACK_ATTEMPT, TIMED_OUT, Timeline
 from asyncrl.types import RolloutRun
 
 
@@ -57,22 +57,23 @@ def record_attempt(
     counts.model_s += model_s
     if timeline is None:
         return
-    group = member.group
+    group, reward, tokens, loss_tokens = member.group, math.nan, 0, 0
     draw = group.draw
-    reward, tokens, loss_tokens = math.nan, 0, 0
     if isinstance(outcome, RolloutRun) and not member.abandoned:
-        ended, reward = DONE, outcome.reward
-        for segment in outcome.segments:
+        segments = outcome.segments
+        ended, reward = DONE, segments[-1].reward
+        for segment in segments:
             tokens += len(segment.tokens)
             loss_tokens += sum(segment.loss_mask)
     else:
         ended = _ending(member, outcome)
     # fmt: off
-    timeline.attempt((
+    timeline.attempts += PACK_ATTEMPT(
         group.admitted_at, began, now, draw.epoch, draw.index, member.index, member.attempt, group.sequence,
         ended, reward, tokens, loss_tokens, turns, model_s, evaluation,
-    ), calls)
+    )
     # fmt: on
+    timeline.calls.fromlist(calls)
 
 
 def _ending(member: Member, outcome: RolloutRun | BaseException | None) -> int:

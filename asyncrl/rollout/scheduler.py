@@ -151,25 +151,22 @@ class Scheduler:
 
     def pump(self) -> None:
         """Start every rollout that may start now."""
-        while not self._stopped and (self._opening or self._can_admit()) and self.slots.try_acquire():
+        held_by: Reason = "slots"
+        while not self._stopped and (self._opening or self._can_admit()):
+            if not self.slots.try_acquire():
+                break
             if not self._opening:
                 self._admit()
             group = self._opening[0]
             self._start(group.start_member())
             if group.all_started:
                 self._opening.popleft()
+        else:
+            held_by = "data" if self._stopped or self._drained else self.budget.held_by
         self.guests.admit()
         self._close_if_done()
-        if (reason := self._held_by()) != self.held.reason:
-            self.held.by(reason, self._loop.time())
-
-    def _held_by(self) -> Reason:
-        """Why `pump` started no more."""
-        if self._stopped or (self._drained and not self._opening):
-            return "data"
-        if self._opening or self.budget.can_admit():
-            return "slots"
-        return self.budget.held_by
+        if held_by != self.held.reason:
+            self.held.by(held_by, self._loop.time())
 
     def published(self, version: int) -> None:
         """Weights of `version` are live: slots of trained groups come back."""

@@ -26,8 +26,8 @@ def turns(loss_mask: Sequence[int]) -> list[tuple[int, int]]:
 
 def turn_rewards(runs: Iterable[RolloutRun]) -> list[float]:
     """Those of all turns of a group that have one, in order."""
-    samples = [sample for run in runs for sample in run.segments]
-    return [reward for sample in samples for reward in sample.turn_rewards or () if reward is not None]
+    given = [sample.turn_rewards for run in runs for sample in run.segments if sample.turn_rewards]
+    return [reward for rewards in given for reward in rewards if reward is not None]
 
 
 def spread(

@@ -85,8 +85,9 @@ class Timeline:
         """Gets the attempts and the calls that are handed over, as they are written."""
         self._folder = folder / f"life-{life}" if folder is not None else None
         self._life = life
-        self._attempts = bytearray()  # packed as they come: later their numbers would be in no cache any more
-        self._calls: array[float] = array("d")
+        self.attempts = bytearray()
+        """Those that have ended, packed as they come: later their numbers would be in no cache any more."""
+        self.calls: array[float] = array("d")
         self._spans: list[dict[str, Any]] = []
         self._jobs: SimpleQueue[_Parts | None] = SimpleQueue()
         self._handed_over = 0  # bytes; the loop counts these,
@@ -104,8 +105,8 @@ class Timeline:
 
     def attempt(self, row: Sequence[float], calls: list[float]) -> None:
         """Take an attempt that has ended: the columns of `ATTEMPT`, and those of `CALL` for each of its calls."""
-        self._attempts += PACK_ATTEMPT(*row)
-        self._calls.fromlist(calls)
+        self.attempts += PACK_ATTEMPT(*row)
+        self.calls.fromlist(calls)
 
     def span(self, track: str, name: str, began: float, ended: float, **about: float | str) -> None:
         """Take something that is not a rollout, on the loop's clock."""
@@ -113,10 +114,10 @@ class Timeline:
 
     def flush(self) -> None:
         """Hand over what there is. Returns at once."""
-        if not self._attempts and not self._spans:
+        if not self.attempts and not self._spans:
             return
-        parts = _Parts(array("d", bytes(self._attempts)), self._calls, self._spans)
-        self._attempts, self._calls, self._spans = bytearray(), array("d"), []
+        parts = _Parts(array("d", bytes(self.attempts)), self.calls, self._spans)
+        self.attempts, self.calls, self._spans = bytearray(), array("d"), []
         self.on_flush(parts.attempts, parts.calls)
         if self._thread is None:
             return

@@ -43,6 +43,7 @@ from asyncrl.metrics.report import Account
 from asyncrl.metrics.sinks import SinkList, open_sinks
 from asyncrl.rollout import scheduler
 from asyncrl.rollout.batch import Batch
+from asyncrl.rollout.held import Held
 from asyncrl.step_record import Record, StepAccount
 from asyncrl.storage.ledger_file import LedgerStore
 from asyncrl.storage.timeline import Timeline
@@ -57,7 +58,7 @@ ALL = frozenset(PARTS)
 OFF = frozenset[str]()
 WATCHES: dict[str, tuple[Any, str]] = {
     "attempt ends": (scheduler, "record_attempt"),
-    "what holds rollouts back": (scheduler.Scheduler, "_held_by"),
+    "what holds rollouts back, changes": (Held, "by"),
     "timeline and producer, hand over": (Timeline, "flush"),
     "step record": (StepAccount, "close"),
     "metrics.jsonl and tracker": (SinkList, "write"),
@@ -67,7 +68,7 @@ WATCHES: dict[str, tuple[Any, str]] = {
     "gauges, means": (StepAccount, "sampled"),
     "live view, gauges": (LiveView, "gauges"),
 }
-OF_EVERY_ROLLOUT = ("attempt ends", "what holds rollouts back")
+OF_EVERY_ROLLOUT = ("attempt ends", "what holds rollouts back, changes")
 CALLS_A_SECOND = {
     **dict.fromkeys(("gauges", "gauges, means", "live view, gauges"), 1 / LOAD_EVERY_S),
     "timeline and producer, hand over": 1 / LOAD_EVERY_S,

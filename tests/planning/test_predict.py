@@ -177,3 +177,12 @@ def test_functions_of_the_run_are_not_looked_for() -> None:
     machine = Machine(SAMPLER, TrainerModel(step_s=1.0))
     found = predict(config_of({"max_staleness": 1}, **nowhere), machine, EVEN, steps=10)
     assert found.samples_per_s == predict(config_of({"max_staleness": 1}), machine, EVEN, steps=10).samples_per_s
+
+
+def test_what_is_predicted_is_a_run_under_way() -> None:
+    """A run begins with an empty queue and fresh weights; what a setting gives shows later."""
+    config = config_of({"max_staleness": 16})
+    machine = Machine(SAMPLER, TrainerModel(step_s=1.0))
+    later = predict(config, machine, EVEN, steps=300).staleness_mean
+    assert predict(config, machine, EVEN, steps=10).staleness_mean == pytest.approx(later, rel=0.05)
+    assert predict(config, machine, EVEN, steps=10, warm_up=0).staleness_mean < 0.8 * later

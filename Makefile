@@ -26,6 +26,10 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/endpoint.py
 	$(BIN)/python benchmarks/learning_frozen_lake.py
 	$(BIN)/python benchmarks/learning_sql.py
+	$(BIN)/python benchmarks/insight_cost.py
+	$(BIN)/python benchmarks/tune_truth.py
+	$(BIN)/python benchmarks/tune_cluster.py
+	$(BIN)/python benchmarks/adaptive.py
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -359,18 +359,20 @@ class TrainingRun:
 
     async def _keep(self, engine: Engine, trainer: Trainer, *, failed: bool) -> None:
         """Checkpoint and model of the last step. A run that fails before its first one has none that anybody wants."""
+        if failed and not engine.step:
+            return
+        first: AsyncRLError | OSError | None = None
         for what, keep in (("checkpoint", self._keep_checkpoint), ("model", self._keep_model)):
-            if failed and not engine.step:
-                continue
             try:
                 with self.watchdog.phase(f"saving the {what}"):
                     await keep(engine, trainer, failed)
             except (AsyncRLError, OSError) as error:
-                if not failed:
-                    raise
-                self.live.note(
-                    f"the {what} of step {engine.step} could not be saved: {error}"
-                )  # beside the first cause
+                if failed or first is not None:  # beside the first cause
+                    self.live.note(f"the {what} of step {engine.step} could not be saved: {error}")
+                else:
+                    first = error
+        if first is not None:
+            raise first
 
     async def _keep_checkpoint(self, engine: Engine, trainer: Trainer, failed: bool) -> None:
         checkpoints = engine.checkpoints

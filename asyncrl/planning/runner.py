@@ -154,9 +154,19 @@ class Runner:
 @contextmanager
 def running(question: Question, jobs: int, progress: Callable[[int, int], None]) -> Iterator[Runner]:
     """A runner with `jobs` processes; 1 stays in this one. `progress` is told (done, of how many)."""
+    logged = structlog.get_config()
     quiet()
+    try:
+        with _pool(question, jobs) as pool:
+            yield Runner(question, pool, progress)
+    finally:
+        structlog.configure(**logged)
+
+
+@contextmanager
+def _pool(question: Question, jobs: int) -> Iterator[Executor | None]:
     if jobs <= 1:
-        yield Runner(question, None, progress)
+        yield None
         return
     before = {child.pid for child in multiprocessing.active_children()}
     # By a file: a process that is started reads what it is told only after its imports, and holds up the next one.
@@ -165,7 +175,7 @@ def running(question: Question, jobs: int, progress: Callable[[int, int], None])
         told.write_bytes(pickle.dumps(question))
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (str(told),))
         try:
-            yield Runner(question, pool, progress)
+            yield pool
         finally:
             for child in multiprocessing.active_children():
                 if child.pid not in before:

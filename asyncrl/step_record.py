@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -51,7 +51,8 @@ class StepAccount:
     _counted: Counts = field(default_factory=Counts)
     _tokens_seen: int = 0
     _sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    _samples: Counter[str] = field(default_factory=Counter)
+    _samples: int = 0
+    """How often the sampler was asked."""
     _requests: dict[int, float] = field(default_factory=lambda: defaultdict(float))
     """At each server that is up, summed over the times that the sampler was asked."""
 
@@ -94,10 +95,9 @@ class StepAccount:
         """The sampler said how busy it is."""
         self.load = load
         gauges = self.gauges()
+        self._samples += 1
         for name in MEANS:
-            if name in gauges:
-                self._sums[name] += gauges[name]
-                self._samples[name] += 1
+            self._sums[name] += gauges[name]
         for server, requests in load.requests().items():
             self._requests[server] += requests
 
@@ -162,7 +162,7 @@ class StepAccount:
         held = engine.scheduler.held.seconds(ended)
         record: Record = {
             **self.gauges(),
-            **{name: self._sums[name] / samples for name, samples in self._samples.items()},
+            **{name: total / self._samples for name, total in self._sums.items()},
             **spread(self._requests),
             **engine.slots.step_completed(),
             "time_s": self.elapsed_s(),
@@ -188,7 +188,7 @@ class StepAccount:
         self._counted = replace(engine.scheduler.counts)
         self._seconds.clear()
         self._sums.clear()
-        self._samples.clear()
+        self._samples = 0
         self._requests.clear()
         return record
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from overhead import ForgetfulTrainer
 from rich.console import Console
 
 from asyncrl import Config, Prompt, RolloutSample
@@ -47,7 +48,7 @@ from asyncrl.rollout.held import Held
 from asyncrl.step_record import Record, StepAccount
 from asyncrl.storage.ledger_file import LedgerStore
 from asyncrl.storage.timeline import Timeline
-from asyncrl.testing.fakes import CountingTrainer, ScriptedSampler
+from asyncrl.testing.fakes import ScriptedSampler
 from asyncrl.types import SamplingParams
 
 RATE = 10_000
@@ -84,13 +85,6 @@ class Cost:
     loop: float
     others: float
     wall: float
-
-
-class ForgetfulTrainer(CountingTrainer):
-    """Counts steps and keeps nothing."""
-
-    async def forward_backward(self, sequences) -> None:  # type: ignore[no-untyped-def]
-        return None
 
 
 def make_rollout(seconds: float):  # type: ignore[no-untyped-def]

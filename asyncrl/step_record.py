@@ -195,7 +195,7 @@ class StepAccount:
 
 def _rollouts(counts: Counts, batch: Batch) -> Record:
     trained = batch.trained
-    rewards = [run.reward for group in trained for run in group.runs]
+    rewards = [run.segments[-1].reward for group in trained for run in group.runs]
     trained_mean = sum(rewards) / len(rewards) if rewards else math.nan
     return {
         "reward_mean": counts.reward_sum / counts.reward_count if counts.reward_count else trained_mean,

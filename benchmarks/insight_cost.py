@@ -39,7 +39,7 @@ from asyncrl.assemble import assemble
 from asyncrl.collector import calm_collector
 from asyncrl.engine import LOAD_EVERY_S, Engine
 from asyncrl.metrics.live import LiveView
-from asyncrl.metrics.producer import Producer
+from asyncrl.metrics.producer import LEAST_S, Producer
 from asyncrl.metrics.report import Account
 from asyncrl.metrics.sinks import SinkList, open_sinks
 from asyncrl.rollout import scheduler
@@ -60,7 +60,8 @@ OFF = frozenset[str]()
 WATCHES: dict[str, tuple[Any, str]] = {
     "attempt ends": (scheduler, "record_attempt"),
     "what holds rollouts back, changes": (Held, "by"),
-    "timeline and producer, hand over": (Timeline, "flush"),
+    "timeline, hand over": (Timeline, "flush"),
+    "producer record": (Producer, "_tell"),
     "step record": (StepAccount, "close"),
     "metrics.jsonl and tracker": (SinkList, "write"),
     "account of the time": (Account, "add"),
@@ -72,7 +73,8 @@ WATCHES: dict[str, tuple[Any, str]] = {
 OF_EVERY_ROLLOUT = ("attempt ends", "what holds rollouts back, changes")
 CALLS_A_SECOND = {
     **dict.fromkeys(("gauges", "gauges, means", "live view, gauges"), 1 / LOAD_EVERY_S),
-    "timeline and producer, hand over": 1 / LOAD_EVERY_S,
+    "timeline, hand over": 1 / LOAD_EVERY_S,
+    "producer record": 1 / LEAST_S,
     "account of the time": RATE / (GROUP * GROUPS_PER_STEP),
 }
 """On the loop, of what does not come with rollouts, or is called by the panel too."""
@@ -256,13 +258,9 @@ def clocks_of_a_call() -> float:
     """What `Policy.generate` does for the timeline, s."""
 
     async def timed() -> float:
-        def once() -> None:
-            calls: list[float] = []
-            clock = asyncio.get_running_loop().time
-            began = clock()
-            calls += (began, clock(), 3, 4, 0)
-
-        return statistics.median(timeit.repeat(once, number=1000, repeat=50)) / 1000
+        once = "calls = []; clock = running().time; began = clock(); calls += (began, clock(), 3, 4, 0)"
+        known = {"running": asyncio.get_running_loop}
+        return statistics.median(timeit.repeat(once, globals=known, number=1000, repeat=50)) / 1000
 
     return asyncio.run(timed())
 
@@ -285,9 +283,11 @@ def _spread(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="at least 2")
     parser.add_argument("--rollouts", type=int, default=20_000)
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error(f"--rounds {arguments.rounds}: a spread needs at least 2.")
     rollouts = arguments.rollouts // (GROUP * GROUPS_PER_STEP) * GROUP * GROUPS_PER_STEP
     measure(ALL, rollouts)  # imports, and caches that fill
     with Stopwatch() as watch:

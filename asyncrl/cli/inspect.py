@@ -19,6 +19,7 @@ from rich.text import Text
 
 from asyncrl.errors import ConfigError
 from asyncrl.metrics.jsonl import encode
+from asyncrl.metrics.rows import shown
 from asyncrl.storage.folder import RunFolder, existing_run
 from asyncrl.storage.logged import Rollout, read_rollouts, timed_stretches, tool_calls, turns_of
 from asyncrl.terminal import visible
@@ -108,15 +109,15 @@ def show(rollout: Rollout, console: Console) -> None:
     group = rollout.group
     if group.get("evaluation"):
         console.rule(f"evaluation at step {group['step']} · row {group['row']}", align="left")
-        console.print(f"reward {_number(rollout.reward)}", style="bold")
-        console.print(f"it took {_number(rollout.seconds)} s")
+        console.print(f"reward {shown(rollout.reward)}", style="bold")
+        console.print(f"it took {shown(rollout.seconds)} s")
     else:
         console.rule(
             f"step {group['step']} · row {group['row']} · epoch {group['epoch']} · group {group['group']} · "
             f"rollout {rollout.member + 1} of {len(group['rewards'])}",
             align="left",
         )
-        console.print(f"reward {_number(rollout.reward)}   advantage {_number(rollout.advantage)}", style="bold")
+        console.print(f"reward {shown(rollout.reward)}   advantage {shown(rollout.advantage)}", style="bold")
         took = "" if rollout.seconds is None else f"it took {rollout.seconds:.1f} s, "
         console.print(f"admitted at version {group['version']}   {took}the group {group['seconds']:.1f} s")
     for index, sample in enumerate(rollout.samples):
@@ -138,7 +139,7 @@ def _about(stretch: Mapping[str, Any], seconds: float | None) -> str:
     facts = [f"{stretch['tokens']} tokens"]
     if stretch["versions"]:
         facts.append(f"version {', '.join(map(str, stretch['versions']))}")
-    facts.append(f"log-prob {_number(stretch['logprob_mean'])}")
+    facts.append(f"log-prob {shown(stretch['logprob_mean'])}")
     if seconds is not None:
         facts.append(f"{seconds:.2f} s")
     return "╰ " + " · ".join(facts)
@@ -165,9 +166,9 @@ def _facts(sample: Mapping[str, Any]) -> Iterator[str]:
     drawn = f"   drawn by version {', '.join(map(str, versions))}" if versions else ""
     yield f"{sample['tokens']} tokens, {sample['loss_tokens']} trained{drawn}"
     facts = []
-    facts.append(f"log-prob mean {_number(sample['logprob_mean'])}, lowest {_number(sample['logprob_min'])}")
+    facts.append(f"log-prob mean {shown(sample['logprob_mean'])}, lowest {shown(sample['logprob_min'])}")
     if "advantage_mean" in sample:
-        facts.append(f"mean advantage of its tokens {_number(sample['advantage_mean'])}")
+        facts.append(f"mean advantage of its tokens {shown(sample['advantage_mean'])}")
     info = sample.get("info", {})
     if info.get("finish_reason") is not None:
         facts.append(f"finish {_visible(str(info['finish_reason']))}")
@@ -198,8 +199,3 @@ def _visible(text: str) -> str:
 def _brief(value: Any) -> str:
     text = _visible(value if isinstance(value, str) else encode(value)).replace("\n", "\\n")
     return text if len(text) <= LONGEST_INFO else f"{text[:LONGEST_INFO]}..."
-
-
-def _number(value: float | None) -> str:
-    """None stands in the log for what is not a number."""
-    return "-" if value is None else f"{value:.3f}"

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from asyncrl.metrics.rows import shown
 from asyncrl.storage.folder import RunFolder
 from asyncrl.sweeps.processes import Job, State
 from asyncrl.terminal import visible
@@ -86,7 +87,7 @@ class SweepView:
                 Text(job.trial.name),
                 Text("resumed" if job.resumed and job.state == "running" else job.state, STYLES.get(job.state, "")),
                 f"{record['step']}/{total}" if "step" in record else "-",
-                _number(record.get("reward_mean")),
+                shown(record.get("reward_mean")),
                 clock(job.seconds(now)),
             )
         hidden = len(self._jobs) - len(chosen(self._jobs))
@@ -128,14 +129,10 @@ def _told(job: Job, record: Mapping[str, Any], now: float) -> str:
         return f"failed: {job.error}"
     if job.began_at is None:
         return "has finished before"
-    reward = f", reward {_number(record.get('reward_mean'))}" if "reward_mean" in record else ""
+    reward = f", reward {shown(record.get('reward_mean'))}" if "reward_mean" in record else ""
     return f"{job.state} after {record.get('step', 0)} steps in {clock(job.seconds(now))}{reward}"
 
 
 def _counts(jobs: Sequence[Job]) -> str:
     states = Counter(job.state for job in jobs)
     return f"{len(jobs)} runs: " + ", ".join(f"{states[state]} {state}" for state in ORDER if states[state])
-
-
-def _number(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, int | float) else "-"

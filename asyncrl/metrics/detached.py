@@ -23,7 +23,7 @@ Axis = Literal["step", "eval_version", "rollouts_ended"]
 Record = Mapping[str, Any]
 
 MOST_WAITING = 1000
-"""Records. At most 4 a second come beside those of the steps, so a tracker has stood still for minutes then."""
+"""Records. At most one a second comes beside those of the steps, so a tracker has stood still for minutes then."""
 CLOSE_LIMIT_S = 60.0
 """A tracker may have a lot to send at the end; what it has not sent by then is on disk, or lost to it."""
 STUCK_LIMIT_S = 1.0

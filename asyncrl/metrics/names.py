@@ -48,7 +48,7 @@ PARTS: dict[Part, str] = {
     "axis: an evaluation ends some steps after the version that it measures. The numbers of an evaluation function are "
     "named `eval_<name>`. More in docs/evaluation.md.",
     "rollouts": "The rollout side, whatever the trainer does: a record each time that `prompt_groups_per_step` groups "
-    "have ended, at most 4 a second, in `producer.jsonl` and in the trackers, where `rollouts_ended` is the axis "
+    "have ended, at most one a second, in `producer.jsonl` and in the trackers, where `rollouts_ended` is the axis "
     "(TensorBoard: a run of its own, `rollouts`). Means and counts are since the record before. Evaluations are not in "
     "them.",
     "supervised": "What `asyncrl sft`, `dpo` and `orpo` record beside `step`, `time_s`, `step_s` and what the trainer "

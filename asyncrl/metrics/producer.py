@@ -1,7 +1,7 @@
 """Records of the rollout side, on an axis of its own: a step may wait for rollouts, and rollouts for no step.
 
     consumes    the attempts that have ended, as the timeline hands them over (4 times a second)
-    produces    a record each time that groups for a step have ended since the last
+    produces    a record when groups for a step have ended since the last, and at most one a second
     waits for   nothing
     woken by    the timeline
 
@@ -22,6 +22,8 @@ from asyncrl.rollout.counts import Counts
 from asyncrl.storage.timeline import ATTEMPT_TYPE, CALL_TYPE, CUT_OFF, DONE, DROPPED, FAILED, TIMED_OUT
 
 Record = dict[str, float]
+LEAST_S = 1.0
+"""From one record to the next."""
 
 
 class Producer:
@@ -50,15 +52,16 @@ class Producer:
         self._gauges = gauges
         self._elapsed_s = elapsed_s
         self._write = write
-        self._attempts: array[float] = array("d")
+        self._attempts = bytearray()
         self._calls: array[float] = array("d")
         self._told_s = elapsed_s()
 
-    def take(self, attempts: array[float], calls: array[float]) -> None:
-        """Attempts that have ended, in the columns of `timeline.ATTEMPT`, and their calls."""
+    def take(self, attempts: bytearray, calls: array[float]) -> None:
+        """Attempts that have ended, in the columns of `timeline.ATTEMPT`, packed, and their calls."""
         self._attempts += attempts
         self._calls += calls
-        if self._counts.groups - self._counted.groups >= self._groups:
+        enough = self._counts.groups - self._counted.groups >= self._groups
+        if enough and self._elapsed_s() - self._told_s >= LEAST_S:
             self._tell()
 
     def close(self) -> None:
@@ -73,7 +76,7 @@ class Producer:
         drawn = numbers.pop("drawn_tokens")
         passed_s = time_s - self._told_s
         self._counted, self._told_s = replace(self._counts), time_s
-        self._attempts, self._calls = array("d"), array("d")
+        self._attempts, self._calls = bytearray(), array("d")
         self._write(
             {
                 "rollouts_ended": gauges["rollouts_finished"],

@@ -49,7 +49,7 @@ def record_attempt(
 ) -> None:
     """An attempt has ended at `now`, with a run, with nothing, or with an error. `evaluation`: as in the timeline.
 
-    In one piece, because it is called for every rollout: 0.4 µs.
+    In one piece, because it is called for every rollout: 0.7 µs.
     """
     began, turns = member.started_at, len(calls) // 5
     model_s = calls[1] - calls[0] if turns == 1 else sum(calls[1::5]) - sum(calls[0::5])
@@ -57,21 +57,21 @@ def record_attempt(
     counts.model_s += model_s
     if timeline is None:
         return
-    group, reward, tokens, loss_tokens = member.group, math.nan, 0, 0
+    group, tokens, loss_tokens = member.group, 0, 0
     draw = group.draw
     if isinstance(outcome, RolloutRun) and not member.abandoned:
-        segments = outcome.segments
-        ended, reward = DONE, segments[-1].reward
-        for segment in segments:
+        ended = DONE
+        for segment in outcome.segments:
             tokens += len(segment.tokens)
-            loss_tokens += sum(segment.loss_mask)
+            loss_tokens += segment.loss_mask.count(1)
+        reward = segment.reward
     else:
-        ended = _ending(member, outcome)
+        ended, reward = _ending(member, outcome), math.nan
     # fmt: off
-    timeline.attempts += PACK_ATTEMPT(
+    timeline.attempts.extend(PACK_ATTEMPT(
         group.admitted_at, began, now, draw.epoch, draw.index, member.index, member.attempt, group.sequence,
         ended, reward, tokens, loss_tokens, turns, model_s, evaluation,
-    )
+    ))
     # fmt: on
     timeline.calls.fromlist(calls)
 

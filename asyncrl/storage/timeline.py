@@ -60,14 +60,14 @@ log = structlog.get_logger(__name__)
 class _Parts:
     """What is written at once."""
 
-    attempts: array[float]
+    attempts: bytearray
     calls: array[float]
     spans: list[dict[str, Any]]
 
     @property
     def size(self) -> int:
         """In bytes, nearly."""
-        return 8 * (len(self.attempts) + len(self.calls)) + 500 * len(self.spans)
+        return len(self.attempts) + 8 * len(self.calls) + 500 * len(self.spans)
 
 
 class Timeline:
@@ -81,7 +81,7 @@ class Timeline:
     """
 
     def __init__(self, folder: Path | None, life: int = 0) -> None:
-        self.on_flush: Callable[[array[float], array[float]], None] = lambda attempts, calls: None
+        self.on_flush: Callable[[bytearray, array[float]], None] = lambda attempts, calls: None
         """Gets the attempts and the calls that are handed over, as they are written."""
         self._folder = folder / f"life-{life}" if folder is not None else None
         self._life = life
@@ -116,7 +116,7 @@ class Timeline:
         """Hand over what there is. Returns at once."""
         if not self.attempts and not self._spans:
             return
-        parts = _Parts(array("d", bytes(self.attempts)), self.calls, self._spans)
+        parts = _Parts(self.attempts, self.calls, self._spans)
         self.attempts, self.calls, self._spans = bytearray(), array("d"), []
         self.on_flush(parts.attempts, parts.calls)
         if self._thread is None:

@@ -103,7 +103,7 @@ class TestByHand:
 class TestWhenThereIsARecord:
     @staticmethod
     def producer(counts: Counts, written: list[Any], before: int = 0) -> Producer:
-        """`before`: rollouts of an earlier life, ten a second."""
+        """`before`: rollouts of an earlier life, four a second."""
 
         def gauges() -> dict[str, float]:
             standing = {"step": 2, "published": 1, "in_flight": 5, "queue_groups": 1}
@@ -113,18 +113,18 @@ class TestWhenThereIsARecord:
             groups=4,
             counts=counts,
             gauges=gauges,
-            elapsed_s=lambda: (before + counts.rollouts) / 10,
+            elapsed_s=lambda: (before + counts.rollouts) / 4,
             write=written.append,
         )
 
     @staticmethod
-    def ended(counts: Counts, groups: int, **more: int) -> tuple[array[float], array[float]]:
+    def ended(counts: Counts, groups: int, **more: int) -> tuple[bytearray, array[float]]:
         counts.groups += groups
         counts.rollouts += 2 * groups
         for name, number in more.items():
             setattr(counts, name, getattr(counts, name) + number)
         rows = attempts(*[{"ended": 1.0, "reward": 1.0}] * 2 * groups)
-        return array("d", rows.tobytes()), array("d")
+        return bytearray(rows.tobytes()), array("d")
 
     def test_groups_for_a_step_make_one(self) -> None:
         counts, written = Counts(), []
@@ -136,11 +136,11 @@ class TestWhenThereIsARecord:
         assert record["rollout_groups"] == 5
         assert (record["rollout_groups_filtered"], record["rollout_groups_rejected"]) == (2, 1)
         assert (record["rollouts_ended"], record["rollout_step"], record["rollout_version"]) == (10, 3, 1)
-        assert record["rollout_rate_per_s"] == pytest.approx(10 / 1.0)
+        assert record["rollout_rate_per_s"] == pytest.approx(10 / 2.5)
         producer.take(*self.ended(counts, 4))
         assert written[1]["rollout_groups"] == 4
         assert written[1]["rollouts_ended"] == 18
-        assert written[1]["rollout_rate_per_s"] == pytest.approx(8 / 0.8)
+        assert written[1]["rollout_rate_per_s"] == pytest.approx(8 / 2.0)
 
     def test_the_rest_comes_at_the_end_once(self) -> None:
         counts, written = Counts(), []
@@ -154,8 +154,18 @@ class TestWhenThereIsARecord:
         """What earlier lives did is in the axis, and in no rate."""
         counts, written = Counts(), []
         self.producer(counts, written, before=640).take(*self.ended(counts, 4))
-        assert (written[0]["rollouts_ended"], written[0]["rollout_time_s"]) == (648, 64.8)
-        assert written[0]["rollout_rate_per_s"] == pytest.approx(10)
+        assert (written[0]["rollouts_ended"], written[0]["rollout_time_s"]) == (648, 162.0)
+        assert written[0]["rollout_rate_per_s"] == pytest.approx(4)
+
+    def test_one_a_second_is_the_most(self) -> None:
+        counts, written, elapsed = Counts(), [], iter([0.0, 0.5, 0.75, 1.0, 1.0])
+        gauges = {"step": 0, "published": 0, "in_flight": 0, "queue_groups": 0, "rollouts_finished": 0}
+        producer = Producer(
+            groups=1, counts=counts, gauges=lambda: gauges, elapsed_s=lambda: next(elapsed), write=written.append
+        )
+        for _ in range(3):
+            producer.take(*self.ended(counts, 1))
+        assert [record["rollout_groups"] for record in written] == [3]
 
     def test_what_was_undone_is_taken_back(self, tmp_path: Path) -> None:
         """A record is of the step that was under way when it was made."""
@@ -233,7 +243,7 @@ def test_a_simulated_run(tmp_path: Path) -> None:
     assert sum(record["rollout_attempts_failed"] for record in written) == len(failed) > 0
     assert written[-1]["rollouts_ended"] == engine.scheduler.finished_rollouts == 1000
     times = [record["rollout_time_s"] for record in written]
-    assert all(later - earlier >= 0.2499 for earlier, later in pairwise(times[:-1]))
+    assert all(later - earlier >= 0.999 for earlier, later in pairwise(times[:-1]))
     assert [record["rollout_mean_s"] for record in written] == pytest.approx([1.0] * len(written))
     steps = [record["rollout_step"] for record in written]
     assert steps == sorted(steps)

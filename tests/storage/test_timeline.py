@@ -317,4 +317,4 @@ def test_without_a_folder_it_is_told_and_not_written() -> None:
     timeline.flush()
     timeline.flush()
     timeline.close()
-    assert told == [(array("d", [1.0] * len(ATTEMPT)), array("d", [2.0] * len(CALL)))]
+    assert told == [(array("d", [1.0] * len(ATTEMPT)).tobytes(), array("d", [2.0] * len(CALL)))]

@@ -237,16 +237,15 @@ class AdaptiveStaleness:
 
     def _space_hot_loads(self, window: _Window) -> None:
         """Hot-loads come so often that training hardly waits for one."""
-        hot_load_s, step_s = window.hot_load_s / window.steps, window.step_s
-        if step_s <= 0:
+        if window.step_s <= 0:
             return
+        steps = window.hot_load_s / window.steps / window.step_s
         before = self._interval = self.sync_interval
-        if hot_load_s > (1 + HOT_LOAD_SLACK) * self._interval * step_s:
-            self._interval = math.ceil(hot_load_s / ((1 + HOT_LOAD_SLACK) * step_s))
-        elif hot_load_s < (1 - HOT_LOAD_SLACK) * (self._interval - 1) * step_s:
+        if steps > (1 + HOT_LOAD_SLACK) * self._interval:
+            self._interval = math.ceil(min(steps / (1 + HOT_LOAD_SLACK), self._most + 1))
+        elif steps < (1 - HOT_LOAD_SLACK) * (self._interval - 1):
             self._interval = max(self._least_interval, self._interval - 1)
         if self.sync_interval != before:
-            steps = hot_load_s / step_s
             self.reason = f"{self.bound}: a hot-load takes {steps:.1f} steps, and comes every {self.sync_interval}"
 
     def _move(self, bound: int, reason: str) -> None:

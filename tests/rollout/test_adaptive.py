@@ -219,6 +219,13 @@ class TestHotLoads:
             made.observe(facts(hot_load_s=0.1, starved_s=0.02))
         assert made.sync_interval == 3
 
+    def test_steps_that_take_no_time(self) -> None:
+        """A division by the least number there is."""
+        made = at(8)
+        for _ in range(9):
+            made.observe(facts(seconds=5e-324, hot_load_s=3.0))
+        assert made.sync_interval == 4
+
 
 @given(
     limits=st.tuples(st.integers(0, 9), st.integers(0, 9)).map(sorted),

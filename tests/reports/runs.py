@@ -97,12 +97,20 @@ def _write_draws(folder: RunFolder, steps: int) -> None:
 
 
 def _write_rollouts(folder: RunFolder, steps: int, says: str) -> None:
-    log = RolloutLog(folder.rollouts, lambda tokens: "".join(map(chr, tokens)), groups_per_step=1)
+    log = rollout_log(folder.root)
     for step in range(1, steps + 1):
-        runs = [RolloutRun([rollout_sample(reward, f"{says} {step}")]) for reward in (0.0, 1.0)]
-        log.write(step, [Group(step, step % 7, 0, max(0, step - 2), runs, [-1.0, 1.0], 1.0, 3.5, [2.0, 2.5])])
+        log.write(step, [rollout_group(step, says)])
     log.write_evaluated(EvaluatedRun(steps, 0, RolloutRun([rollout_sample(1.0, "measured")]), 1.5))
     log.close()
+
+
+def rollout_log(root: Path) -> RolloutLog:
+    return RolloutLog(root / "rollouts.jsonl", lambda tokens: "".join(map(chr, tokens)), groups_per_step=1)
+
+
+def rollout_group(step: int, says: str) -> Group:
+    runs = [RolloutRun([rollout_sample(reward, f"{says} {step}")]) for reward in (0.0, 1.0)]
+    return Group(step, step % 7, 0, max(0, step - 2), runs, [-1.0, 1.0], 1.0, 3.5, [2.0, 2.5])
 
 
 def rollout_sample(reward: float, answer: str) -> RolloutSample:

@@ -15,7 +15,7 @@ from asyncrl.metrics.jsonl import JsonlFile
 from asyncrl.reports.report import report, write_report
 from asyncrl.reports.run_data import load_run
 from asyncrl.reports.serve import serve
-from tests.reports.runs import make_run, step_record
+from tests.reports.runs import make_run, rollout_group, rollout_log, step_record
 
 if TYPE_CHECKING:
     from tests.reports.conftest import Tab
@@ -144,6 +144,9 @@ def test_a_live_page_follows_the_run_and_leaves_the_reader_alone(tmp_path: Path,
         page.locator(".rollouts tbody tr").nth(7).click()
         reading = page.locator(".reader h4").inner_text()
         page.evaluate("scrollTo(0, 1500)")
+        log = rollout_log(root)
+        log.write(41, [rollout_group(41, "new")])
+        log.close()
         with JsonlFile(root / "metrics.jsonl") as metrics:
             metrics.write(step_record(41))
         tab.until("document.querySelector('#block-ess .plot').data[0].x.at(-1) === 41")
@@ -151,6 +154,11 @@ def test_a_live_page_follows_the_run_and_leaves_the_reader_alone(tmp_path: Path,
         assert page.evaluate("document.querySelector('#block-ess .plot').layout.xaxis.range") == [5, 15]
         assert page.locator(".reader h4").inner_text() == reading
         assert page.evaluate("scrollY") == 1500
+        page.fill(".bar input", "new 41")
+        assert page.locator(".bar .count").inner_text() == "2 of 83", "what was typed finds what came since"
+        page.focus(".rollouts .scroll")
+        page.keyboard.press("Home")
+        assert page.locator(".reader h4").inner_text().startswith("Step 41,")
         (root / "summary.json").write_text('{"steps": 41}')
         tab.until("document.getElementById('state').textContent === 'ended'")
         assert (tab.requests, tab.errors) == ([], [])

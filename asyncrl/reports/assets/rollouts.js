@@ -8,9 +8,10 @@ page.drawers.rollouts = (block, kept) => {
     ["turns", "turns"], ["seconds", "s"], ["staleness", "stale"],
   ].filter(([key]) => key !== "run" || block.several);
   const MOST_ROWS = 400;
-  const state = kept?.state || { sort: "step", down: true, kind: "all", contains: "", open: null };
+  // What is pressed and typed goes on to what was made first: all of them look here for what there is now.
+  const state = kept?.state || { sort: "step", down: true, kind: "all", contains: "", open: null, shown: [] };
+  state.rollouts = block.rollouts;
   const node = kept?.node || el("div", { class: "block rollouts" });
-  let shown = [];
 
   const text = (rollout) => rollout.samples.flatMap((sample) => sample.text.map((stretch) => stretch.text)).join("\n").toLowerCase();
   const kinds = {
@@ -22,9 +23,9 @@ page.drawers.rollouts = (block, kept) => {
 
   function choose() {
     const wanted = state.contains.toLowerCase();
-    shown = block.rollouts.filter((rollout) => kinds[state.kind](rollout) && (!wanted || text(rollout).includes(wanted)));
+    const shown = state.rollouts.filter((rollout) => kinds[state.kind](rollout) && (!wanted || text(rollout).includes(wanted)));
     shown.sort((a, b) => (state.down ? -1 : 1) * before(a[state.sort], b[state.sort]));
-    shown = shown.slice(0, MOST_ROWS);
+    state.shown = shown.slice(0, MOST_ROWS);
   }
 
   function value(rollout, key) {
@@ -44,7 +45,7 @@ page.drawers.rollouts = (block, kept) => {
       "th", { class: key === "run" ? "" : "number", "aria-sort": state.sort === key ? (state.down ? "descending" : "ascending") : undefined },
       el("button", { type: "button", onclick: () => sortBy(key) }, title, state.sort === key ? (state.down ? " ↓" : " ↑") : ""),
     ));
-    const rows = shown.map((rollout) => el(
+    const rows = state.shown.map((rollout) => el(
       "tr", { "data-key": rollout.key, "aria-selected": String(rollout.key === state.open), onclick: () => open(rollout.key) },
       ...COLUMNS.map(([key]) => el("td", { class: key === "run" ? "" : "number" }, value(rollout, key))),
     ));
@@ -53,11 +54,12 @@ page.drawers.rollouts = (block, kept) => {
     const top = scroll.scrollTop;
     scroll.replaceChildren(table);
     scroll.scrollTop = top;
-    node.querySelector(".count").textContent = `${shown.length} of ${block.rollouts.length}`;
-    if (!state.open && shown.length) open(shown[0].key);
+    node.querySelector(".count").textContent = `${state.shown.length} of ${state.rollouts.length}`;
+    if (!state.open && state.shown.length) open(state.shown[0].key);
   }
 
   function move(by) {
+    const shown = state.shown;
     if (!shown.length) return;
     const at = shown.findIndex((rollout) => rollout.key === state.open);
     open(shown[at < 0 ? 0 : Math.min(shown.length - 1, Math.max(0, at + by))].key);
@@ -81,7 +83,7 @@ page.drawers.rollouts = (block, kept) => {
   function open(key) {
     state.open = key;
     for (const row of node.querySelectorAll("tr[data-key]")) row.setAttribute("aria-selected", String(row.dataset.key === key));
-    const rollout = block.rollouts.find((one) => one.key === key);
+    const rollout = state.rollouts.find((one) => one.key === key);
     node.querySelector(".reader").replaceChildren(...(rollout ? read(rollout) : []));
   }
 
@@ -115,7 +117,7 @@ page.drawers.rollouts = (block, kept) => {
   // ---- All
 
   const redraw = () => {
-    if (!block.rollouts.length) { node.replaceChildren(...head(block)); return; }
+    if (!state.rollouts.length) { node.replaceChildren(...head(block)); return; }
     if (!node.querySelector(".browser")) {
       const contains = el("input", { type: "search", placeholder: "contains …", "aria-label": "Text that the rollout contains", oninput: (event) => { state.contains = event.target.value; list(); } });
       const kind = el("select", { "aria-label": "Which rollouts", onchange: (event) => { state.kind = event.target.value; list(); } },
@@ -128,13 +130,8 @@ page.drawers.rollouts = (block, kept) => {
     }
     node.querySelector(".top").replaceChildren(...head(block));
     list();
-    if (state.open && block.rollouts.some((rollout) => rollout.key === state.open)) mark();
+    if (!node.querySelector(".reader").childElementCount) open(state.open); // else what is being read stays as it is
   };
-
-  // New rollouts have come, and what is being read stays as it is.
-  function mark() {
-    if (!node.querySelector(".reader").childElementCount) open(state.open);
-  }
 
   return { node, state, redraw };
 };

@@ -39,7 +39,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def read_config(kind: type[Kind], path: str | Path, overrides: Sequence[str] = ()) -> Kind:
     """`load_config` for the settings of a recipe."""
     path = Path(path)
-    settings = _read(path)
+    settings = read_toml(path)
     _anchor(settings, path.absolute().parent)
     given = parse_overrides(overrides, kind)
     _anchor(given, Path.cwd())
@@ -128,7 +128,8 @@ def _lay_over(below: Settings, above: Mapping[str, Any]) -> None:
             below[name] = value
 
 
-def _read(path: Path) -> Settings:
+def read_toml(path: Path) -> Settings:
+    """Raises `ConfigError` where it is not there, or no TOML."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from asyncrl.cli.config import read_config
-from asyncrl.errors import ConfigError
+from asyncrl.cli.config import read_config, read_toml
+from asyncrl.cli.train import require_dataset
 from asyncrl.recipes import dpo_loop, orpo_loop, sft_loop
-from asyncrl.recipes.settings import SupervisedConfig
 
 LOOPS: Mapping[str, ModuleType] = {"sft": sft_loop, "dpo": dpo_loop, "orpo": orpo_loop}
 
@@ -21,7 +19,10 @@ def run_recipe(
 ) -> int:
     """Train, and return the exit code. What can be wrong with files is said before torch is loaded."""
     loop = LOOPS[name]
-    config = _checked(read_config(loop.Config, config_file, overrides))
+    config = read_config(loop.Config, config_file, overrides)
+    require_dataset(config.dataset)
+    if config.evaluation_dataset is not None:
+        require_dataset(config.evaluation_dataset, "evaluation_dataset")
     loop.main(config, resume=resume or False, view="quiet" if quiet else "auto")
     return 0
 
@@ -47,18 +48,7 @@ def recipe_run(target: str) -> RecipeRun | None:
     path = Path(run) / "config.toml"
     if not path.is_file():
         return None
-    settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    settings = read_toml(path)
     # A run folder's settings are all there, and each recipe has one that no other has.
     recipes = [name for name, loop in LOOPS.items() if settings.keys() <= loop.Config.model_fields.keys()]
     return RecipeRun(recipes[0], Path(run), name if colon else "latest") if recipes else None
-
-
-def _checked(config: SupervisedConfig) -> SupervisedConfig:
-    """The same, if its datasets are there."""
-    if config.dataset is None:
-        raise ConfigError('dataset: this setting is needed. Name a JSONL file: dataset = "train.jsonl".')
-    for setting in ("dataset", "evaluation_dataset"):
-        path = getattr(config, setting)
-        if path is not None and not Path(path).is_file():
-            raise ConfigError(f"{setting}: there is no file {path}. Paths in a config file are relative to that file.")
-    return config

@@ -64,3 +64,10 @@ def test_what_the_user_can_mend_is_said(
     assert main(arguments) == 2
     assert said in capsys.readouterr().err
     assert not (project / "runs").exists()
+
+
+def test_a_run_whose_settings_were_damaged_is_not_resumed(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "run").mkdir()
+    (project / "run" / "config.toml").write_text("model = ")
+    assert main(["resume", "run"]) == 2
+    assert "config.toml, at its end: this is not valid TOML" in capsys.readouterr().err

@@ -283,6 +283,15 @@ class TestProcesses:
         process.stderr.close()
         until(lambda: not naming(tmp_path))
 
+    def test_devices_are_shared_out_among_those_that_run(self, tmp_path: Path) -> None:
+        commands: dict[str, str] = {}
+        code = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+        jobs = [job(tmp_path, name, code, commands) for name in "abc"]
+        jobs[0].state = "finished"
+        runner = self.runner(jobs, commands, at_once=9, environment={**os.environ, "CUDA_VISIBLE_DEVICES": "4,5,6,7"})
+        runner.run()
+        assert [one.log.read_text() for one in jobs[1:]] == ["4,5\n", "6,7\n"]
+
     def test_devices_are_shared_out(self) -> None:
         four = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
         assert [share_of_devices(four, slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["0,1", "2,3"]

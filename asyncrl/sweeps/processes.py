@@ -67,10 +67,14 @@ class Runner:
     command: Callable[[Trial], Sequence[str]]
     """How a trial is trained."""
     at_once: int = 1
+    """More than there are to run is as many as there are: devices and cores are shared out by it."""
     on_change: Callable[[Job], None] = lambda job: None
     """Called when a job begins and when it ends."""
     stopping: bool = False
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+
+    def __post_init__(self) -> None:
+        self.at_once = max(1, min(self.at_once, sum(job.state == "waiting" for job in self.jobs)))
 
     def run(self, look: Callable[[], None] = lambda: None) -> None:
         """Until all have ended, or those that ran when `stop` was called. `look` is called 4 times a second."""

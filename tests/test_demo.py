@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from asyncrl.demo import main
+from asyncrl.cli.main import main
+from asyncrl.demo import run_demo
+from asyncrl.demo.command import STEPS
 from asyncrl.demo.demonstrations import demonstration, misread
 from asyncrl.demo.model import demo_tokenizer, lessons
 from asyncrl.demo.task import Problem, calculator, problems
@@ -87,23 +89,12 @@ def _is_right(messages: list[dict[str, Any]]) -> bool:
     return messages[-1]["content"] == str(eval(f"({inner}){last}"))
 
 
-@pytest.mark.parametrize("lora", [[], ["--lora"]], ids=["full", "lora"])
-def test_the_demo_runs_to_its_summary(tmp_path: Path, lora: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_demo_runs_to_its_summary(tmp_path: Path, lora: bool, capsys: pytest.CaptureFixture[str]) -> None:
     """Far too short to learn: whether it learns is the job of `make demo`."""
     out = tmp_path / "run"
-    few = [
-        "--sampler",
-        "transformers",
-        "--warm-steps",
-        "12",
-        "--steps",
-        "1",
-        "--train-rows",
-        "8",
-        "--held-out-rows",
-        "4",
-    ]
-    assert main([*few, *lora, "--out", str(out)]) == 0
+    few: Any = {"sampler": "transformers", "warm_steps": 12, "steps": 1, "train_rows": 8, "held_out_rows": 4}
+    assert run_demo(out=str(out), lora=lora, **few) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert {"accuracy_before", "accuracy_after", "wall_s", "steps", "rollouts", "worst_staleness"} <= set(summary)
     assert summary["rollouts"] == 8 * 8
@@ -112,4 +103,19 @@ def test_the_demo_runs_to_its_summary(tmp_path: Path, lora: list[str], capsys: p
     assert "held-out accuracy" in said
     assert str(out) in said.replace("\n", "")
     with pytest.raises(ConfigError, match="already holds a run"):
-        main([*few, "--out", str(out)])
+        run_demo(out=str(out), **few)
+
+
+def test_the_command_asks_for_what_it_was_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("asyncrl.demo.run_demo", lambda **options: asked.append(options) or 0)
+    assert main(["demo", "--lora", "--steps", "3", "--out", "x"]) == main(["demo", "--quiet"]) == 0
+    assert asked[0] == {"out": "x", "sampler": "auto", "seed": 0, "lora": True, "quiet": False, "steps": 3}
+    assert "steps" not in asked[1]
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    assert f"(default: {STEPS})" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # and not after the warm start, which takes a minute
+        main(["demo", "--steps", "0"])

@@ -21,11 +21,10 @@ from asyncrl.errors import ConfigError
 from asyncrl.metrics.jsonl import encode
 from asyncrl.metrics.rows import shown
 from asyncrl.storage.folder import RunFolder, existing_run
-from asyncrl.storage.logged import Rollout, read_rollouts, timed_stretches, tool_calls, turns_of
+from asyncrl.storage.logged import TOLD_ELSEWHERE, Rollout, read_rollouts, timed_stretches, tool_calls, turns_of
 from asyncrl.terminal import visible
 
 STYLES = {"system": "magenta", "user": "cyan", "tool": "yellow", "policy": "bold green", "context": "bright_black"}
-SHOWN_ELSEWHERE = {"messages", "finish_reason", "turns", "tool_calls", "tool_errors", "tool_seconds", "turn_seconds"}
 GUTTER = 11
 """Columns of the role's name."""
 LONGEST_INFO = 300
@@ -165,8 +164,7 @@ def _facts(sample: Mapping[str, Any]) -> Iterator[str]:
     versions = sample["versions"]
     drawn = f"   drawn by version {', '.join(map(str, versions))}" if versions else ""
     yield f"{sample['tokens']} tokens, {sample['loss_tokens']} trained{drawn}"
-    facts = []
-    facts.append(f"log-prob mean {shown(sample['logprob_mean'])}, lowest {shown(sample['logprob_min'])}")
+    facts = [f"log-prob mean {shown(sample['logprob_mean'])}, lowest {shown(sample['logprob_min'])}"]
     if "advantage_mean" in sample:
         facts.append(f"mean advantage of its tokens {shown(sample['advantage_mean'])}")
     info = sample.get("info", {})
@@ -177,7 +175,7 @@ def _facts(sample: Mapping[str, Any]) -> Iterator[str]:
         facts.append(f"tool calls {_brief(info['tool_calls'])}{failed}")
     yield "   ".join(facts)
     for name, value in info.items():
-        if name not in SHOWN_ELSEWHERE:
+        if name not in TOLD_ELSEWHERE:
             yield f"{_visible(name)}: {_brief(value)}"
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import NoReturn
 
 from asyncrl.cli import tune_options
@@ -18,6 +19,7 @@ from asyncrl.exits import FAILED, NO_READER, STALLED, USER_ERROR, stopped_by
 LEAVE_S = 30.0
 """Python waits at its end for threads that others have started; one that never ends does not hold up the command."""
 
+LAST_PORT = 65535
 RECIPES = {
     "sft": "Train on conversations or texts as they are.",
     "dpo": "Train on pairs of answers, against a reference model.",
@@ -129,8 +131,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--sampler", choices=("auto", "transformers", "vllm"), default="auto")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--lora", action="store_true", help="train an adapter instead of the full model")
-    demo.add_argument("--steps", type=int, help="optimizer steps")
-    demo.add_argument("--out", metavar="DIR", help="run folder (default: runs/<time>)")
+    demo.add_argument("--steps", type=_positive, metavar="N", help="optimizer steps (default: 80)")
+    demo.add_argument("--out", metavar="DIR", help="run folder (default: runs/demo-<time>)")
     _quiet_argument(demo)
     evaluate = command("eval", "Measure the mean reward on a dataset.", True)
     evaluate.add_argument("target", metavar="RUN_FOLDER|CONFIG.toml")
@@ -210,7 +212,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--out", metavar="FILE", help="default: RUN/report.html; of several runs, report.html here")
     how.add_argument("--live", action="store_true", help="serve it to this machine, and follow the run until Ctrl-C")
-    parser.add_argument("--port", type=_positive, default=0, metavar="N", help="of --live (default: a free one)")
+    parser.add_argument("--port", type=_port, default=0, metavar="N", help="of --live (default: a free one)")
 
 
 def _trace_arguments(parser: argparse.ArgumentParser) -> None:
@@ -248,6 +250,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _port(text: str) -> int:
+    if (port := _positive(text)) > LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: they end at {LAST_PORT}")
+    return port
+
+
 def _train(arguments: argparse.Namespace) -> int:
     from asyncrl.cli.train import train
 
@@ -282,14 +290,17 @@ def _promote(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from asyncrl.demo import main as run_demo
+    from asyncrl.demo import run_demo
 
-    argv = ["--sampler", arguments.sampler, "--seed", str(arguments.seed)]
-    argv += ["--lora"] if arguments.lora else []
-    argv += ["--quiet"] if arguments.quiet else []
-    argv += ["--steps", str(arguments.steps)] if arguments.steps is not None else []
-    argv += ["--out", arguments.out] if arguments.out else []
-    return int(run_demo(argv) or 0)
+    chosen = {"steps": arguments.steps} if arguments.steps else {}
+    return run_demo(
+        out=arguments.out,
+        sampler=arguments.sampler,
+        seed=arguments.seed,
+        lora=arguments.lora,
+        quiet=arguments.quiet,
+        **chosen,
+    )
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -301,16 +312,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> int:
     from asyncrl.cli.inspect import Filter, inspect_run
 
-    wanted = Filter(
-        reward=arguments.reward,
-        min_tokens=arguments.min_tokens,
-        max_tokens=arguments.max_tokens,
-        step=arguments.step,
-        row=arguments.row,
-        contains=arguments.contains,
-        errors=arguments.errors,
-        evaluation=arguments.evaluation,
-    )
+    wanted = Filter(**{field.name: getattr(arguments, field.name) for field in fields(Filter)})
     return inspect_run(arguments.folder, wanted, arguments.limit, arguments.best, arguments.worst)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -27,7 +25,6 @@ from asyncrl.config import (
 from asyncrl.demo.model import WARM_STEPS, make_model
 from asyncrl.demo.task import problems, rollout
 from asyncrl.errors import ConfigError
-from asyncrl.metrics.live import Mode
 from asyncrl.storage.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -39,23 +36,30 @@ STEPS = 80
 """Enough for all but the last few mistakes, in less than a minute on two cores."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; returns the exit code."""
+def run_demo(
+    *,
+    out: str | None = None,
+    sampler: SamplerKind = "auto",
+    seed: int = 0,
+    lora: bool = False,
+    quiet: bool = False,
+    steps: int = STEPS,
+    warm_steps: int = WARM_STEPS,
+    train_rows: int = 20_000,
+    held_out_rows: int = 256,
+) -> int:
+    """Run the demo in the folder `out`; returns the exit code."""
     began = time.monotonic()
-    options = _parse(argv)
-    folder = RunFolder(Path(options.out or f"runs/demo-{datetime.now(UTC):%Y%m%d-%H%M%S}").absolute())
+    folder = RunFolder(Path(out or f"runs/demo-{datetime.now(UTC):%Y%m%d-%H%M%S}").absolute())
     if found := folder.holds():  # better said before the warm start than by `train` after it
         raise ConfigError(f"--out: {folder.root} already holds a run ({', '.join(found)}). Choose a new folder.")
-    view: Mode = "quiet" if options.quiet else "auto"
-    model = make_model(folder.root, seed=options.seed, steps=options.warm_steps, quiet=options.quiet)
+    model = make_model(folder.root, seed=seed, steps=warm_steps, quiet=quiet)
     result = asyncrl.train(
         rollout,
-        dataset=demo_rows(options.seed, options.train_rows, held_out=False),
-        config=demo_config(
-            model, folder.root, seed=options.seed, steps=options.steps, lora=options.lora, sampler=options.sampler
-        ),
-        evaluation=demo_rows(options.seed, options.held_out_rows, held_out=True),
-        view=view,
+        dataset=demo_rows(seed, train_rows, held_out=False),
+        config=demo_config(model, folder.root, seed=seed, steps=steps, lora=lora, sampler=sampler),
+        evaluation=demo_rows(seed, held_out_rows, held_out=True),
+        view="quiet" if quiet else "auto",
     )
     _conclude(folder, result, time.monotonic() - began)
     return 0
@@ -82,19 +86,6 @@ def demo_config(
         lora=LoraConfig(rank=8 if lora else 0, alpha=16.0),
         sampler=SamplerConfig(kind=sampler),
     )
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="asyncrl demo", description="Train a tiny tool-using agent, start to end.")
-    parser.add_argument("--sampler", choices=("auto", "transformers", "vllm"), default="auto")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lora", action="store_true", help="train an adapter instead of the full model")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-    parser.add_argument("--out", metavar="DIR", help="run folder (default: runs/demo-<time>)")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps (default: {STEPS})")
-    for name, default in (("--warm-steps", WARM_STEPS), ("--train-rows", 20_000), ("--held-out-rows", 256)):
-        parser.add_argument(name, type=int, default=default, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
 
 
 def demo_rows(seed: int, count: int, *, held_out: bool) -> list[dict[str, Any]]:

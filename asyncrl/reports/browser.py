@@ -16,7 +16,7 @@ from asyncrl.metrics.jsonl import encode
 from asyncrl.reports.curves import Entry
 from asyncrl.reports.page import Block, number
 from asyncrl.reports.run_data import RunData
-from asyncrl.storage.logged import Rollout, timed_stretches, tool_calls, turns_of
+from asyncrl.storage.logged import TOLD_ELSEWHERE, Rollout, timed_stretches, tool_calls, turns_of
 from asyncrl.terminal import visible
 
 MOST_READ = 64_000_000
@@ -28,8 +28,6 @@ CHOSEN = 100
 LONGEST_TEXT = 20_000
 """Characters of one stretch of text; of a longer one its beginning and its end are shown."""
 LONGEST_VALUE = 300
-TOLD_ELSEWHERE = {"messages", "finish_reason", "turns", "tool_calls", "tool_errors", "tool_seconds", "turn_seconds"}
-"""Entries of `info` that need no line of their own."""
 
 _REORDERING = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Characters that turn the direction of the text around them, and show something else than stands there."""
@@ -81,12 +79,12 @@ def _choose(rollouts: Sequence[Rollout]) -> Iterator[Rollout]:
     """Each once, by turns one of each sort: wherever the page is full, each has had its share."""
     trained = [place for place, rollout in enumerate(rollouts) if not rollout.group.get("evaluation")]
     evaluated = [place for place, rollout in enumerate(rollouts) if rollout.group.get("evaluation")]
-    stride = max(1, len(trained) // CHOSEN)
+    stride = max(1, -(-len(trained) // CHOSEN))
     sorts = (
         trained[:CHOSEN],
         heapq.nlargest(CHOSEN, trained, key=lambda place: rollouts[place].reward or 0.0),
         heapq.nsmallest(CHOSEN, trained, key=lambda place: rollouts[place].reward or 0.0),
-        trained[::stride][:CHOSEN],
+        trained[::stride],
         evaluated[:CHOSEN],
     )
     turns = chain.from_iterable(

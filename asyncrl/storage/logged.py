@@ -19,6 +19,8 @@ BLOCK_BYTES = 1 << 20
 ROLE_MARK = re.compile(r"(?=<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<tool_response>)")
 ROLE_NAME = re.compile(r"<(?:\|im_start\||\|start_header_id\||start_of_turn)>\s*(\w+)")
 """How the chat templates in use open a turn. Text of any other template is shown as `context`."""
+TOLD_ELSEWHERE = {"messages", "finish_reason", "turns", "tool_calls", "tool_errors", "tool_seconds", "turn_seconds"}
+"""Entries of `info` that need no line of their own where a rollout is shown."""
 
 
 @dataclass(frozen=True, slots=True)

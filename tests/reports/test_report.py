@@ -21,6 +21,7 @@ from asyncrl.reports.curves import MOST_POINTS, binned, moving_mean
 from asyncrl.reports.report import report
 from asyncrl.reports.run_data import load_run
 from asyncrl.reports.serve import serve
+from asyncrl.storage.logged import Rollout
 from tests.reports.runs import make_run, step_record
 
 
@@ -160,6 +161,13 @@ def test_a_page_holds_a_bounded_choice_of_rollouts(run: Path, monkeypatch: pytes
     assert "of the newest" in block(report(loaded), "rollouts")["about"]
 
 
+def test_of_many_rollouts_some_are_from_the_whole_run() -> None:
+    """All alike, so that the best and the worst are the newest too."""
+    logged = [Rollout({"step": 150 - place}, 0, 1.0, None, None, []) for place in range(150)]
+    steps = {rollout.group["step"] for rollout in browser._choose(logged)}
+    assert set(range(51, 151)) | set(range(2, 51, 2)) == steps
+
+
 def test_long_and_strange_texts_are_shown_as_they_are() -> None:
     assert browser.shown_text("a\x1b[2J\u202eb\tc\n\x00\ud800") == "a\\x1b[2J\\u202eb\tc\n\\x00\\ud800"
     cut = browser._cut("x" * 50_000)
@@ -230,6 +238,9 @@ def test_what_was_asked_wrongly_is_said(run: Path, capsys: pytest.CaptureFixture
         port = taken.getsockname()[1]
         assert main(["report", str(run), "--live", "--port", str(port)]) == 2
         assert f"--port: {port} cannot be used" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["report", str(run), "--live", "--port", "65536"])
+    assert "'65536' is not a port" in capsys.readouterr().err
 
 
 def test_a_report_is_made_quickly_and_loads_no_torch(run: Path) -> None:

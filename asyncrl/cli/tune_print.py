@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from asyncrl.planning.grid import AS_FAST
 from asyncrl.planning.plan import Plan, rate
 from asyncrl.planning.setting import Point
 from asyncrl.terminal import visible
@@ -45,12 +46,11 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def _ideal(plan: Plan) -> str:
-    window = min(
-        plan.search.windows, key=lambda pair: (pair[1] < 0.98 * max(r for _, r in plan.search.windows), pair[0])
-    )
+    most = max(found for _, found in plan.search.windows)
+    window = min(window for window, found in plan.search.windows if found >= AS_FAST * most)
     return (
         f"The ideal rate, without any bound on staleness, is {rate(plan.search.ideal)} samples/s; a window of "
-        f"{window[0]:,} rollouts at once is enough for it."
+        f"{window:,} rollouts at once is enough for it."
     )
 
 

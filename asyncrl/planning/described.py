@@ -15,7 +15,7 @@ from asyncrl.planning.predict import Machine
 from asyncrl.planning.sampler_model import SamplerModel
 from asyncrl.planning.speeds import SAMPLER, Said, replicas, trainer, with_hot_loads, with_speed
 from asyncrl.planning.words import in_words
-from asyncrl.planning.workload import Attempt, Call, Turn, Workload
+from asyncrl.planning.workload import Attempt, Workload
 
 ROWS = 2000
 TICK_S = 1e-3
@@ -127,7 +127,7 @@ class _Whole:
         ticks = max(turns, round(self.rollout.draw(rng) / TICK_S))
         ends = [ticks * turn // turns for turn in range(turns + 1)]
         drawn = [end - start for start, end in pairwise(ends)]
-        return _attempt([Turn(0.0, (Call(0, 0, count),)) for count in drawn], 0.0, reward, ticks)
+        return Attempt.of_turns([(0.0, 0, count) for count in drawn], reward=reward)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,18 +142,11 @@ class _ByTurns:
     most_tokens: int
 
     def draw(self, rng: random.Random, reward: float) -> Attempt:
-        fresh, context, made = max(1, round(self.prompt.draw(rng))), 0, list[Turn]()
-        loss_tokens = 0
+        turns, fresh = [], max(1, round(self.prompt.draw(rng)))
         for turn in range(max(1, round(self.turns.draw(rng)))):
-            context += fresh
             drawn = min(self.most_tokens, max(1, round(self.tokens.draw(rng))))
-            made.append(Turn(self.tools.draw(rng) if turn else 0.0, (Call(fresh, context, drawn),)))
-            context, loss_tokens, fresh = context + drawn, loss_tokens + drawn, 0
-        return _attempt(made, self.verifier.draw(rng), reward, loss_tokens, context)
-
-
-def _attempt(turns: list[Turn], after_s: float, reward: float, loss_tokens: int, tokens: int = 0) -> Attempt:
-    return Attempt(tuple(turns), after_s, reward=reward, tokens=max(tokens, loss_tokens), loss_tokens=loss_tokens)
+            turns.append((self.tools.draw(rng) if turn else 0.0, 0 if turn else fresh, drawn))
+        return Attempt.of_turns(turns, after_s=self.verifier.draw(rng), reward=reward)
 
 
 def _whole(description: Description, said: Said) -> tuple[_Whole, SamplerModel]:

@@ -14,14 +14,14 @@ follow by least squares. What the prompts of others cost a call is in its n, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
 from asyncrl.errors import DataError
+from asyncrl.metrics.report import PARTS
 from asyncrl.planning.sampler_model import SamplerModel
 from asyncrl.planning.trainer_model import TrainerModel
 from asyncrl.planning.workload import Workload
@@ -220,7 +220,7 @@ def least_squares(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
     return best
 
 
-def _worth(choices: Iterable[float], spread: Any) -> float:
+def _worth(choices: Iterable[float], spread: Callable[[float], float]) -> float:
     """The choice with the smallest spread; the first one, 0, unless another is clearly better."""
     spreads = {choice: spread(choice) for choice in choices}
     best = min(spreads, key=lambda choice: spreads[choice])
@@ -245,8 +245,7 @@ def fit_trainer(run: RunData, workload: Workload) -> TrainerModel:
     computed = column["train_tokens"] - column["shared_tokens"]
     slowdown = _worth(SLOWDOWNS, lambda slowdown: _fit_steps(column, computed, busy, slowdown)[2])
     step_s, token_s, _ = _fit_steps(column, computed, busy, slowdown)
-    parts = ("wait_s", "train_s", "publish_wait_s", "checkpoint_s")
-    between_s = column["step_s"] - sum(column[name] for name in parts)
+    between_s = column["step_s"] - sum(column[name] for name in PARTS)
     prompts = np.mean([attempt.prompt for attempt in workload.attempts])
     shareable = prompts * np.maximum(column["samples"] - column["groups_trained"], 0).sum()
     return TrainerModel(
@@ -258,10 +257,7 @@ def fit_trainer(run: RunData, workload: Workload) -> TrainerModel:
     )
 
 
-_COLUMNS = (
-    *("step_s", "wait_s", "train_s", "publish_wait_s", "checkpoint_s", "optimizer_s"),
-    *("train_tokens", "shared_tokens", "samples", "groups_trained"),
-)
+_COLUMNS = (*PARTS, "step_s", "optimizer_s", "train_tokens", "shared_tokens", "samples", "groups_trained")
 
 
 def _fit_steps(

@@ -25,7 +25,7 @@ SECONDS: Mapping[str, float] = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "
 COUNT: Mapping[str, float] = {"": 1.0, "k": 1e3}
 TOKEN = re.compile(
     r"\s*(?:(?P<number>-?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(?P<unit>[a-zµμ]*)|(?P<word>[A-Za-z_]\w*)"
-    r"|(?P<mark>[()=,*+])|\"(?P<quoted>[^\"]*)\")"
+    r"|(?P<mark>[()=,*+]))"
 )
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "uniform": ("low", "high"),
@@ -43,12 +43,10 @@ class Kind:
 
     units: Mapping[str, float]
     example: str
-    whole: bool = False
-    """Draws are rounded where they are used; 0 is allowed in times only."""
 
 
 TIMES = Kind(SECONDS, "2s, 250ms, or 1.5min")
-COUNTS = Kind(COUNT, "400, or 2k", whole=True)
+COUNTS = Kind(COUNT, "400, or 2k")
 
 
 def distribution(text: str, kind: Kind, where: str) -> Distribution:
@@ -71,17 +69,8 @@ def quantity(text: str, kind: Kind, where: str) -> float:
     return found.value
 
 
-@dataclass(slots=True)
-class _Token:
-    number: str | None
-    unit: str
-    word: str | None
-    mark: str | None
-    text: str
-
-
 class _Reader:
-    """One pass from left to right.
+    """One pass from left to right. A token is a match of `TOKEN`.
 
     mixture = part (+ part)*      part = [number *] single      single = quantity | family(name=value, ...)
     """
@@ -106,8 +95,8 @@ class _Reader:
     def _part(self) -> tuple[float | None, Distribution]:
         before = self._at
         token = self._next()
-        if token.number is not None and not token.unit and self._take("*"):
-            weight = float(token.number)
+        if token["number"] and not token["unit"] and self._take("*"):
+            weight = float(token["number"])
             if not 0 < weight <= 1:
                 raise ConfigError(f"the weight {weight:g} of a mixture is not between 0 and 1")
             return weight, self._single()
@@ -116,14 +105,14 @@ class _Reader:
 
     def _single(self) -> Distribution:
         token = self._next()
-        if token.number is not None:
+        if token["number"]:
             return Constant(self._value(token))
-        if token.word == "file" and self._take("("):
+        if token["word"] == "file" and self._take("("):
             return self._file()
-        if token.word is not None and token.word in FAMILIES and self._take("("):
-            return self._family(token.word)
+        if token["word"] in FAMILIES and self._take("("):
+            return self._family(token["word"])
         raise ConfigError(
-            f"{token.text!r} was found where {self._kind.example}, or {', '.join(FAMILIES)} or file with "
+            f"{token[0].strip()!r} was found where {self._kind.example}, or {', '.join(FAMILIES)} or file with "
             "their values in brackets, was expected"
         )
 
@@ -135,8 +124,8 @@ class _Reader:
                 self._expect(",")
             name = self._name(family, names, len(given))
             token = self._next()
-            if token.number is None:
-                raise ConfigError(f"{name} of {family} is {token.text!r}, and a number was expected")
+            if not token["number"]:
+                raise ConfigError(f"{name} of {family} is {token[0].strip()!r}, and a number was expected")
             if name in given:
                 raise ConfigError(f"{family} has {name} twice")
             given[name] = self._plain(name, token) if name in PLAIN else self._value(token)
@@ -167,11 +156,11 @@ class _Reader:
         """`mean=` before a value; values of uniform and exponential may stand without."""
         before = self._at
         token = self._next()
-        if token.word is not None:
-            if token.word not in (*names, "max"):
-                raise ConfigError(f"{family} has no {token.word}. It takes {', '.join(names)} and max")
+        if word := token["word"]:
+            if word not in (*names, "max"):
+                raise ConfigError(f"{family} has no {word}. It takes {', '.join(names)} and max")
             self._expect("=")
-            return token.word
+            return word
         self._at = before
         if family in ("uniform", "exponential") and place < len(names):
             return names[place]
@@ -190,31 +179,30 @@ class _Reader:
         self._at = end + 1
         return Values(_numbers(Path(path), self._kind.units[unit]))
 
-    def _value(self, token: _Token) -> float:
-        assert token.number is not None
-        units = self._kind.units
-        unit = token.unit.replace("µ", "u").replace("μ", "u")
+    def _value(self, token: re.Match[str]) -> float:
+        units, text = self._kind.units, token[0].strip()
+        unit = token["unit"].replace("µ", "u").replace("μ", "u")
         if unit not in units:
-            found = f"has the unit {token.unit!r}" if token.unit else "has no unit"
+            found = f"has the unit {token['unit']!r}" if token["unit"] else "has no unit"
             known = ", ".join(name for name in units if name)
-            raise ConfigError(f"{token.text} {found}. Expected {known}: {self._kind.example}")
-        value = float(token.number) * units[unit]
+            raise ConfigError(f"{text} {found}. Expected {known}: {self._kind.example}")
+        value = float(token["number"]) * units[unit]
         if value < 0 or not math.isfinite(value):
-            raise ConfigError(f"{token.text} is below 0 or not finite")
+            raise ConfigError(f"{text} is below 0 or not finite")
         return value
 
-    def _plain(self, name: str, token: _Token) -> float:
-        if token.unit or token.number is None:
-            raise ConfigError(f"{name} is a plain number, and {token.text} has a unit")
-        return float(token.number)
+    def _plain(self, name: str, token: re.Match[str]) -> float:
+        if token["unit"]:
+            raise ConfigError(f"{name} is a plain number, and {token[0].strip()} has a unit")
+        return float(token["number"])
 
-    def _next(self) -> _Token:
+    def _next(self) -> re.Match[str]:
         found = TOKEN.match(self._text, self._at)
         if found is None:
             rest = self._text[self._at :].strip()
             raise ConfigError(f"{rest!r} cannot be read" if rest else "it ends too early")
         self._at = found.end()
-        return _Token(found["number"], found["unit"] or "", found["word"], found["mark"], found[0].strip())
+        return found
 
     def _take(self, mark: str) -> bool:
         """Step over `mark` if it comes next."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from asyncrl.config import Config
+from asyncrl.metrics.jsonl import encode
 from asyncrl.planning.advice import Advice, frontier
 from asyncrl.planning.described import Modelled
 from asyncrl.planning.grid import Search
@@ -99,10 +100,10 @@ class Plan:
             edges = {"on_frontier": point.setting in by_mean, "on_frontier_by_worst": point.setting in by_worst}
             return {**asdict(point), **edges}
 
-        found: dict[str, Any] = {
+        found = {
             "target": self.target,
             "assumptions": [{"what": what, "how": how} for what, how in self.modelled.said],
-            "notes": list(self.notes),
+            "notes": self.notes,
             "measured": None if self.measured is None else asdict(self.measured),
             "ideal_samples_per_s": self.search.ideal,
             "windows": [{"window": window, "samples_per_s": rate} for window, rate in self.search.windows],
@@ -110,14 +111,14 @@ class Plan:
             "recommended": told(self.advice.point),
             "fresher": told(self.advice.fresher),
             "faster": told(self.advice.faster),
-            "reasons": list(self.advice.reasons),
+            "reasons": self.advice.reasons,
             "toml": self.toml,
             "points": [told(point) for point in self.search.points],
-            "left_out": dict(self.search.left_out),
+            "left_out": self.search.left_out,
             "failures": [asdict(failure) for failure in self.search.failures],
         }
-        cleaned: dict[str, Any] = _finite(found)
-        return cleaned
+        finite: dict[str, Any] = json.loads(encode(found))
+        return finite
 
 
 def _order(setting: Setting) -> tuple[int, ...]:
@@ -128,11 +129,3 @@ def _order(setting: Setting) -> tuple[int, ...]:
 def rate(value: float) -> str:
     """Three digits: `3.14`, `31.4`, `3,140`."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

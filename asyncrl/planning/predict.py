@@ -4,7 +4,7 @@
     workload = workload_of(run)
     machine = Machine.of_run(run, workload)
     prediction = predict(config, machine, workload)
-    most = ideal(config, machine, workload)
+    most = predict(unbounded(config), machine, workload)
 
 `prediction.samples_per_s / most.samples_per_s` is the share of what any bound of staleness could give.
 """
@@ -12,9 +12,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -56,8 +56,6 @@ class Machine:
 
     sampler: SamplerModel
     trainer: TrainerModel
-    about: str = ""
-    """Where it comes from, in words."""
 
     @classmethod
     def of_run(cls, run: RunData, workload: Workload) -> Machine:
@@ -66,7 +64,7 @@ class Machine:
         Raises:
             DataError: the run is too short, or recorded no timeline.
         """
-        return cls(fit_sampler(run), fit_trainer(run, workload), f"as in {run.root}")
+        return cls(fit_sampler(run), fit_trainer(run, workload))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +98,6 @@ class Prediction:
     in_flight: float
     """Rollouts, on average over the steps."""
     window: float
-    sampler_running: float
-    """Requests, at the ends of the steps."""
-    sampler_waiting: float
-    budget_bound_share: float
-    """Of the time, rollouts could not begin because of the staleness bound, or of weights that were not live yet."""
     slots_bound_share: float
     """Of the time, rollouts could not begin because the window was full."""
 
@@ -135,12 +128,9 @@ def predict(
     return simulation.run()
 
 
-def ideal(config: Config, machine: Machine, workload: Workload, *, steps: int = 300, seed: int = 0) -> Prediction:
-    """As `predict`, with staleness of any size: what the sampler, the trainer and the window allow together."""
-    staleness = StalenessConfig(policy="pace", max_staleness=UNBOUNDED)
-    return predict(
-        config.model_copy(update={"staleness": staleness}), machine, workload, steps=steps, warm_up=10, seed=seed
-    )
+def unbounded(config: Config) -> Config:
+    """With staleness of any size: what the sampler, the trainer and the window allow together."""
+    return config.model_copy(update={"staleness": StalenessConfig(policy="pace", max_staleness=UNBOUNDED)})
 
 
 def _bare(config: Config) -> Config:
@@ -207,10 +197,7 @@ class _Steps:
     worst: int = 0
 
 
-_PARTS = (
-    *("wait_s", "train_s", "publish_wait_s", "held_budget_s", "held_unpublished_s", "held_slots_s"),
-    *("in_flight", "window", "sampler_running", "sampler_waiting"),
-)
+_PARTS = ("wait_s", "train_s", "publish_wait_s", "held_slots_s", "in_flight", "window")
 
 
 class _Simulation:
@@ -325,9 +312,6 @@ class _Simulation:
             publish_wait_share=shares["publish_wait_s"],
             in_flight=means["in_flight"],
             window=means["window"],
-            sampler_running=means["sampler_running"],
-            sampler_waiting=means["sampler_waiting"],
-            budget_bound_share=shares["held_budget_s"] + shares["held_unpublished_s"],
             slots_bound_share=shares["held_slots_s"],
         )
 
@@ -344,18 +328,12 @@ def _sample(tokens: int, drawn: Drawn, reward: float) -> RolloutSample:
     )
 
 
-def _parts(batch: Batch) -> Iterator[Drawn]:
-    for group in batch.trained:
-        for run in group.runs:
-            yield run.segments[0].info["drawn"]
-
-
 def _tokens(batch: Batch) -> tuple[int, int, int, int]:
     """Loss tokens of the batch, their staleness summed, those that were masked, and the worst staleness."""
     oldest = batch.step - batch.max_staleness if batch.on_stale == "mask" else -1
     tokens = total = masked = worst = 0
-    for drawn in _parts(batch):
-        for version, count in drawn:
+    for run in chain.from_iterable(group.runs for group in batch.trained):
+        for version, count in run.segments[0].info["drawn"]:
             if version < oldest:
                 masked += count
                 continue

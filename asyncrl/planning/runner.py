@@ -23,11 +23,11 @@ from tempfile import TemporaryDirectory
 
 import structlog
 
-from asyncrl.config import Config, StalenessConfig
+from asyncrl.config import Config
 from asyncrl.errors import EngineError, UserError
 from asyncrl.metrics.bottleneck import Bottleneck, bottleneck
 from asyncrl.metrics.report import Account
-from asyncrl.planning.predict import UNBOUNDED, Machine, Prediction, predict
+from asyncrl.planning.predict import Machine, Prediction, predict, unbounded
 from asyncrl.planning.setting import Failure, Point, Setting
 from asyncrl.planning.workload import Workload
 
@@ -82,7 +82,7 @@ def solve(question: Question, task: Task) -> Answer | str:
     per_step = setting.groups_per_step * setting.group_size
     under_way = setting.demand
     if task.unbounded:
-        config = config.model_copy(update={"staleness": StalenessConfig(policy="pace", max_staleness=UNBOUNDED)})
+        config = unbounded(config)
         under_way = config.concurrency.max_window
     turnover = -(-min(under_way, config.concurrency.max_window) // per_step)
     warm_up = 10 + TURNOVERS * turnover

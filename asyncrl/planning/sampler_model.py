@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,21 +64,6 @@ class SamplerModel:
     def token_time(self, running: float) -> float:
         """t(n), in seconds."""
         return self.token_s + max(running - 1, 0) * self.running_s
-
-    def __str__(self) -> str:
-        parts = [
-            f"{self.replicas} replica{'s' * (self.replicas > 1)}",
-            f"a token in {self.token_s * 1e3:.3g} ms",
-            f"{self.running_s * 1e3:.3g} ms more for each further request",
-            f"a prompt token in {self.prompt_s * 1e3:.3g} ms",
-            f"{self.call_s * 1e3:.3g} ms for a call",
-            f"hot-loads of {statistics.fmean(self.hot_load_s):.3g} s",
-        ]
-        if self.pause_share:
-            parts.append(f"{self.pause_share:.0%} of them a pause")
-        if self.slowdown:
-            parts.append(f"{self.slowdown:.0%} slower while the trainer computes")
-        return ", ".join(parts)
 
 
 class ModelledSampler:
@@ -199,16 +183,8 @@ class _Play:
     """A rollout on its way through its turns."""
 
     __slots__ = (
-        "_attempt",
-        "_home",
-        "_pinned",
-        "_sampler",
-        "_sent_at",
-        "_turn",
-        "_under_way",
-        "drawn",
-        "model_s",
-        "over",
+        *("_attempt", "_home", "_pinned", "_sampler", "_sent_at", "_turn", "_under_way"),
+        *("drawn", "model_s", "over"),
     )
 
     def __init__(

@@ -98,4 +98,4 @@ def trainer(config: Config, text: str, workload: Workload, said: Said) -> Traine
     said.append(
         ("optimizer step", f"{duration(seconds)} for {groups} groups of {size}; others in proportion to tokens")
     )
-    return TrainerModel(token_s=seconds / (groups * workload.tokens_of_group(size)[0]))
+    return TrainerModel(token_s=seconds / (groups * size * workload.mean_tokens))

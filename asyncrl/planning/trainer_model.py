@@ -20,30 +20,12 @@ class TrainerModel:
     """Of every optimizer step, whatever its size: the optimizer, and what is done between steps."""
     token_s: float = 0.0
     """Forward and backward of one token that is computed."""
-    sequence_s: float = 0.0
-    """What each sequence adds to its tokens."""
     shared: float = 0.0
     """Share of the prompt tokens of a group that its members compute together."""
     export_s: float = 0.0
     """A snapshot of the weights, in which nothing is trained."""
     slowdown: float = 0.0
     """How much longer a step takes while the sampler on the same device is busy: 0.5 is half as long again."""
-
-    def __str__(self) -> str:
-        parts = [
-            f"{self.step_s:.3g} s for a step",
-            f"{self.token_s * 1e3:.3g} ms for each of its tokens",
-            f"{self.export_s:.3g} s to export",
-        ]
-        if self.slowdown:
-            parts.append(f"{self.slowdown:.0%} slower while the sampler is busy")
-        return ", ".join(parts)
-
-    def seconds(self, groups: int, size: int, tokens_of_group: tuple[float, float]) -> float:
-        """Of a step of `groups` groups of `size` with so many tokens and shared ones each, export left out, with the
-        device to itself."""
-        tokens = tokens_of_group[0] - self.shared * tokens_of_group[1]
-        return self.step_s + groups * (tokens * self.token_s + size * self.sequence_s)
 
 
 class ModelledTrainer:
@@ -72,7 +54,7 @@ class ModelledTrainer:
     async def forward_backward(self, sequences: Sequence[TrainSequence]) -> None:
         tokens = sum(len(sequence.tokens) for sequence in sequences)
         self._tokens += tokens
-        await self._compute(tokens * self.model.token_s + len(sequences) * self.model.sequence_s)
+        await self._compute(tokens * self.model.token_s)
 
     async def optim_step(self) -> StepResult:
         began = self._world.now

@@ -7,8 +7,7 @@ of one row with each other, since hard rows take long in all of their members. A
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -100,21 +99,6 @@ class Workload:
                 "has ended, or a described workload."
             )
 
-    @classmethod
-    def described(
-        cls,
-        draw: Callable[[random.Random], Attempt],
-        *,
-        group_size: int,
-        rows: int = 2000,
-        seed: int = 0,
-        about: str = "",
-    ) -> Workload:
-        """From a function that draws one rollout. `rows` x `group_size` of them are drawn, once: enough for the tails
-        that a simulation can show."""
-        rng = random.Random(seed)
-        return cls(tuple(tuple((draw(rng),) for _ in range(group_size)) for _ in range(rows)), about)
-
     # What the simulation asks
 
     def order(self, seed: int, count: int = 1 << 16) -> list[int]:
@@ -148,22 +132,6 @@ class Workload:
         return float(np.mean([attempt.drawn for attempt in self.attempts]))
 
     @property
-    def mean_turns(self) -> float:
-        return float(np.mean([len(attempt.turns) for attempt in self.attempts]))
-
-    @property
-    def signal_share(self) -> float:
-        """Share of the rows whose rollouts earned different rewards."""
-        return sum(_differ(row) for row in self.rows) / len(self.rows)
-
-    def tokens_of_group(self, size: int) -> tuple[float, float]:
-        """Mean tokens of the samples of a group of `size`, and of the prompts that its others share with the first."""
-        done = [attempt for attempt in self.attempts if attempt.outcome == "done"]
-        if not done:
-            return 0.0, 0.0
-        return size * float(np.mean([a.tokens for a in done])), (size - 1) * float(np.mean([a.prompt for a in done]))
-
-
-def _differ(row: Sequence[Member]) -> bool:
-    rewards = {member[-1].reward for member in row if member[-1].outcome == "done"}
-    return len(rewards) > 1
+    def mean_tokens(self) -> float:
+        """Of a sample."""
+        return float(np.mean([attempt.tokens for attempt in self.attempts if attempt.outcome == "done"] or [0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from asyncrl import Config, Prompt, RolloutSample
@@ -13,7 +14,7 @@ from asyncrl.assemble import assemble
 from asyncrl.planning.predict import Machine
 from asyncrl.planning.sampler_model import ModelledSampler
 from asyncrl.planning.trainer_model import ModelledTrainer
-from asyncrl.planning.workload import Attempt
+from asyncrl.planning.workload import Attempt, Workload
 from asyncrl.planning.world import World, run_in
 from asyncrl.reports.run_data import RunData, load_run
 from asyncrl.rollout.batch import Batch
@@ -23,6 +24,18 @@ from asyncrl.storage.timeline import Timeline
 from asyncrl.types import SamplingParams
 
 ROWS = 100_000
+
+
+def pool(draw: Callable[[random.Random], Attempt], *, rows: int = 2000, members: int = 4) -> Workload:
+    """`rows` groups of rollouts as `draw` makes them."""
+    rng = random.Random(0)
+    return Workload(tuple(tuple((draw(rng),) for _ in range(members)) for _ in range(rows)))
+
+
+def signal_share(workload: Workload) -> float:
+    """Share of the rows whose rollouts earned different rewards."""
+    rewards = [{member[-1].reward for member in row if member[-1].outcome == "done"} for row in workload.rows]
+    return sum(len(found) > 1 for found in rewards) / len(rewards)
 
 
 def attempt_of(rng: random.Random) -> Attempt:

@@ -19,6 +19,7 @@ from asyncrl.planning.predict import Machine
 from asyncrl.planning.sampler_model import SamplerModel
 from asyncrl.planning.trainer_model import TrainerModel
 from asyncrl.planning.words import duration, in_words
+from tests.planning.simulated_run import signal_share
 
 
 def read(text: str, kind: Any = TIMES) -> Any:
@@ -153,9 +154,7 @@ def test_turns_tokens_tools_and_the_verifier() -> None:
     assert [turn.calls[0].fresh for turn in attempt.turns] == [100, 0, 0]
     assert (attempt.after_s, attempt.tokens, attempt.loss_tokens) == (5.0, 160, 60)
     assert all(len(row) == 4 for row in found.workload.rows)
-    step = found.machine.trainer.seconds(2, 4, found.workload.tokens_of_group(4))
-    assert step == pytest.approx(4.0)
-    assert found.machine.trainer.seconds(4, 4, found.workload.tokens_of_group(4)) == pytest.approx(8.0)
+    assert found.machine.trainer.token_s * 2 * 4 * 160 == pytest.approx(4.0)
     assert found.machine.sampler.hot_load_s == (3.0,)
     assert found.machine.sampler.pause_share == 1.0
     said = dict(found.said)
@@ -181,7 +180,7 @@ def test_a_whole_rollout_takes_its_time_whatever_else_runs() -> None:
 
 def test_groups_without_signal() -> None:
     found = described(config(), Description(rollout="1s", step="1s", no_signal="30%"), 4)
-    assert found.workload.signal_share == pytest.approx(0.7, abs=0.03)
+    assert signal_share(found.workload) == pytest.approx(0.7, abs=0.03)
 
 
 def test_a_sampler_is_as_fast_as_is_said_at_both_ends() -> None:
@@ -231,7 +230,7 @@ def test_another_machine_for_the_rollouts_of_a_run() -> None:
     measured = Machine(SamplerModel(replicas=1, token_s=0.5, slowdown=0.3), TrainerModel(token_s=1.0, export_s=0.2))
     found = changed(config(), workload, measured, Description(replicas=8, step="3s"))
     assert (found.machine.sampler.replicas, found.machine.sampler.token_s) == (8, 0.5)
-    assert found.machine.trainer.seconds(2, 4, workload.tokens_of_group(4)) == pytest.approx(3.0)
+    assert found.machine.trainer.token_s * 2 * 4 * workload.mean_tokens == pytest.approx(3.0)
     assert found.machine.trainer.export_s == 0.2
     assert changed(config(), workload, measured, Description()).machine == measured
     with pytest.raises(ConfigError, match="--turns, --tools cannot be given"):

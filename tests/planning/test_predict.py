@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from asyncrl import Config
 from asyncrl.errors import BreakerOpen
-from asyncrl.planning.predict import Machine, Prediction, ideal, predict
+from asyncrl.planning.predict import Machine, Prediction, predict, unbounded
 from asyncrl.planning.sampler_model import SamplerModel
 from asyncrl.planning.trainer_model import TrainerModel
 from asyncrl.planning.workload import Attempt, Workload
+from tests.planning.simulated_run import pool
 
 
 def config_of(staleness: dict[str, object], window: int = 1000, **more: object) -> Config:
@@ -38,7 +39,7 @@ def tailed(rng: random.Random) -> Attempt:
     return Attempt.of_turns([(0.0, 0, 20)], after_s=rng.lognormvariate(0, 1), reward=rng.random())
 
 
-EVEN, TAILED = (Workload.described(draw, group_size=4, rows=500) for draw in (even, tailed))
+EVEN, TAILED = (pool(draw, rows=500) for draw in (even, tailed))
 SAMPLER = SamplerModel(token_s=0.1)
 
 
@@ -64,13 +65,10 @@ def test_the_trainer_binds_where_it_is_slow() -> None:
 
 def test_tokens_cost_what_they_cost() -> None:
     """80 tokens of a group, of which 3 x 5 are shared; 4 groups; 10 ms each."""
-    workload = Workload.described(
-        lambda rng: Attempt.of_turns([(0.0, 5, 15)], reward=rng.random()), group_size=4, rows=50
-    )
+    workload = pool(lambda rng: Attempt.of_turns([(0.0, 5, 15)], reward=rng.random()), rows=50)
     machine = Machine(SamplerModel(token_s=1e-4), TrainerModel(step_s=1.0, token_s=0.01, shared=1.0))
     found = predict(config_of({"max_staleness": 4}), machine, workload, steps=20)
     assert 1 / found.steps_per_s == pytest.approx(1.0 + 4 * 65 * 0.01, rel=0.01)
-    assert machine.trainer.seconds(4, 4, workload.tokens_of_group(4)) == pytest.approx(3.6)
 
 
 def test_slots_bind_where_they_are_few() -> None:
@@ -83,7 +81,7 @@ def test_slots_bind_where_they_are_few() -> None:
 def test_a_tail_costs_what_the_bound_says() -> None:
     """Of the ideal rate: more staleness, more of it; `pace` the most, and none of them more than all."""
     machine = Machine(SAMPLER, TrainerModel(step_s=0.7))
-    most = ideal(config_of({"max_staleness": 1}, window=64), machine, TAILED).samples_per_s
+    most = predict(unbounded(config_of({}, window=64)), machine, TAILED, warm_up=10).samples_per_s
     shares = [
         predict(config_of(staleness, window=64), machine, TAILED, steps=100).samples_per_s / most
         for staleness in ({"max_staleness": 0}, {"max_staleness": 2}, {"max_staleness": 8}, {"max_staleness": 40})

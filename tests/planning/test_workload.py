@@ -13,6 +13,7 @@ from asyncrl.planning.recorded import workload_of
 from asyncrl.planning.workload import Attempt, Call, Turn, Workload
 from asyncrl.reports.run_data import RunData, load_run
 from asyncrl.storage.timeline import ATTEMPT, CUT_OFF, DONE, FAILED, TIMED_OUT, Timeline
+from tests.planning.simulated_run import pool, signal_share
 
 NAN = float("nan")
 
@@ -66,7 +67,7 @@ def test_members_keep_their_attempts_and_evaluations_stay_out(tmp_path: Path) ->
     workload = workload_of(run)
     outcomes = [[[attempt.outcome for attempt in member] for member in row] for row in workload.rows]
     assert outcomes == [[["done"], ["failed", "done"]], [["timed out"]]]
-    assert workload.signal_share == 0.5
+    assert signal_share(workload) == 0.5
 
 
 def test_what_was_cut_off_takes_longer_than_it_had(tmp_path: Path) -> None:
@@ -95,22 +96,22 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         Workload(())
 
 
-def test_a_described_workload_is_drawn_once() -> None:
+def test_what_people_ask_of_a_workload() -> None:
     def draw(rng: random.Random) -> Attempt:
         return Attempt.of_turns([(rng.random(), 100, 50), (1.0, 20, 30)], after_s=2.0, reward=rng.random())
 
-    workload = Workload.described(draw, group_size=4, rows=500)
+    workload = pool(draw, rows=500)
     assert workload.rollouts == 2000
     assert workload.mean_idle_s == pytest.approx(3.5, abs=0.05)
     assert workload.mean_drawn == 80
     attempt = workload.attempts[0]
     assert (attempt.tokens, attempt.loss_tokens, attempt.prompt) == (200, 80, 100)
     assert [turn.calls[0].context for turn in attempt.turns] == [100, 170]
-    assert workload.tokens_of_group(4) == (800, 300)
+    assert workload.mean_tokens == 200
 
 
 def test_rows_take_turns() -> None:
-    workload = Workload.described(lambda rng: Attempt((), rng.random()), group_size=3, rows=10)
+    workload = pool(lambda rng: Attempt((), rng.random()), rows=10, members=3)
     order = workload.order(seed=1, count=100)
     assert sorted(order) == sorted(list(range(10)) * 10)
     assert order != workload.order(seed=2, count=100)

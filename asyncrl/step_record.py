@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from asyncrl.metrics.lag import LagMeter
+from asyncrl.metrics.report import PARTS
 from asyncrl.rollout.adaptive import StepFacts
 from asyncrl.rollout.batch import Batch
 from asyncrl.rollout.concurrency import SLACK
@@ -28,8 +29,6 @@ Record = dict[str, float]
 Gauges = Mapping[str, Any]
 """Numbers, but for `phase`, `window_reason` and `staleness_reason`, and lists with an entry for each replica."""
 
-PARTS = ("wait_s", "train_s", "publish_wait_s", "checkpoint_s")
-"""What a step is made of."""
 MEANS = ("sampler_running", "sampler_waiting", "sampler_full", "kv_use", "eval_in_flight")
 """Gauges whose mean over the step is recorded, where the sampler was asked meanwhile."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,17 +17,17 @@ from asyncrl.data import load_rows
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.exits import FAILED, FINISHED
 from asyncrl.interrupt import Interrupt, stop_on_signals
-from asyncrl.metrics.jsonl import encode
-from asyncrl.private import hide_secrets, private
 from asyncrl.reports.run_data import flat, load_run
 from asyncrl.reports.settings import PLACES
-from asyncrl.storage.folder import RunFolder
+from asyncrl.storage.folder import RunFolder, write_json
 from asyncrl.sweeps.processes import Job, Runner
 from asyncrl.sweeps.results import Group, Result, group_results, has_finished, read_result, target_of
 from asyncrl.sweeps.trials import Axis, Trial, make_trials, parse_axis
 
 UNDER_WAY = ("checkpoint.init_from", *PLACES)
 """Settings that a run may settle for itself, so that they differ from those that were asked for."""
+NUMBERS = ("steps", "seconds", "final", "best", "held_out", "samples_per_s", "worst_staleness")
+"""Of a result, in sweep.json."""
 
 
 def sweep(config_file: str, axes: Sequence[str], rest: Sequence[str], out: str | None, jobs: int) -> int:
@@ -110,7 +109,8 @@ def _conclude(axes: Sequence[Axis], jobs: Sequence[Job], folder: Path, console: 
     groups = group_results(by_group, target)
     if groups:
         console.print(_table(groups, target, held_out=all(result.held_out for result in results.values())))
-    _write(folder / "sweep.json", _as_json(axes, jobs, results, groups, target))
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_json(folder / "sweep.json", _as_json(axes, jobs, results, groups, target))
     report = _report(finished, folder, console)
     for job in jobs:
         if job.state == "failed":
@@ -175,14 +175,8 @@ def _as_json(
             "values": dict(job.trial.values),
             "state": job.state,
             "error": job.error or None,
-            "steps": result.steps if result else None,
-            "seconds": result.seconds if result else None,
-            "final": result.final if result else None,
-            "best": result.best if result else None,
-            "held_out": result.held_out if result else None,
+            **{name: getattr(result, name, None) for name in NUMBERS},
             "seconds_to_target": result.seconds_to(target) if result and target is not None else None,
-            "samples_per_s": result.samples_per_s if result else None,
-            "worst_staleness": result.worst_staleness if result else None,
         }
 
     return {
@@ -191,14 +185,6 @@ def _as_json(
         "groups": [group.as_json() for group in groups],
         "runs": [of(job) for job in jobs],
     }
-
-
-def _write(path: Path, value: object) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.unfinished")
-    with open(beside, "w", encoding="utf-8", opener=private) as file:
-        file.write(hide_secrets(json.dumps(json.loads(encode(value)), indent=2)) + "\n")
-    beside.replace(path)
 
 
 def _report(finished: Sequence[Job], folder: Path, console: Console) -> Path | None:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from asyncrl.metrics.rows import shown
+from asyncrl.metrics.rows import duration, shown
 from asyncrl.storage.folder import RunFolder
 from asyncrl.sweeps.processes import Job, State
 from asyncrl.terminal import visible
@@ -88,7 +88,7 @@ class SweepView:
                 Text("resumed" if job.resumed and job.state == "running" else job.state, STYLES.get(job.state, "")),
                 f"{record['step']}/{total}" if "step" in record else "-",
                 shown(record.get("reward_mean")),
-                clock(job.seconds(now)),
+                "-" if (seconds := job.seconds(now)) is None else duration(seconds),
             )
         hidden = len(self._jobs) - len(chosen(self._jobs))
         table.caption = f"and {hidden} more" if hidden else None
@@ -114,23 +114,16 @@ def last_record(folder: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def clock(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def _told(job: Job, record: Mapping[str, Any], now: float) -> str:
     if job.state == "running":
         return "goes on where it had stopped" if job.resumed else "begins"
     if job.state == "failed":
         return f"failed: {job.error}"
-    if job.began_at is None:
+    seconds = job.seconds(now)
+    if seconds is None:
         return "has finished before"
     reward = f", reward {shown(record.get('reward_mean'))}" if "reward_mean" in record else ""
-    return f"{job.state} after {record.get('step', 0)} steps in {clock(job.seconds(now))}{reward}"
+    return f"{job.state} after {record.get('step', 0)} steps in {duration(seconds)}{reward}"
 
 
 def _counts(jobs: Sequence[Job]) -> str:

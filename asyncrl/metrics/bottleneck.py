@@ -217,18 +217,13 @@ def _full(account: Account, late: str) -> Bottleneck | None:
     said = f"the sampler is full, with {running:,.0f} requests running and {waiting:,.0f} waiting."
     if kv > KV_FULL:
         said = f"the sampler is full, with {kv:.0%} of its KV cache in use."
+    more = "Raise sampler.max_running if the device has room,"
     if account.knows("replicas_up"):
-        return Bottleneck(
-            "sampler",
-            late + said,
-            "Add sampler.replicas, give it more memory (sampler.gpu_memory_utilization), or lower sampling.max_tokens. "
-            "More concurrency or staleness would gain nothing.",
-        )
+        more = "Add sampler.replicas, give it more memory (sampler.gpu_memory_utilization),"
     return Bottleneck(
         "sampler",
         late + said,
-        "Raise sampler.max_running if the device has room, or lower sampling.max_tokens. More concurrency or staleness "
-        "would gain nothing.",
+        f"{more} or lower sampling.max_tokens. More concurrency or staleness would gain nothing.",
     )
 
 

@@ -21,7 +21,13 @@ FEWEST = 4
 """Points without which nobody can tell."""
 TRAINING = "training"
 """The phase in which gauges are taken."""
-COUNTED = ("members_retried", "members_failed", "members_dropped", "groups_rejected")
+ERRORS = {
+    "members_retried": "retried",
+    "members_failed": "failed",
+    "members_dropped": "dropped",
+    "groups_rejected": "groups rejected",
+}
+"""What is summed up since the start, and how it is shown."""
 STALENESS = (("0", "0"), ("1", "1"), ("2", "2"), ("4", "3-4"), ("8", "5-8"), ("16", "9-16"), ("more", ">16"))
 """(ending of the metric's name, as it is shown)."""
 
@@ -51,7 +57,7 @@ class Progress:
     step: int = 0
     steps_seen: int = 0
     worst_staleness: float = 0.0
-    sums: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
+    sums: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ERRORS, 0))
     hot_load_s: float | None = None
     """How long the last one took."""
     checkpoint_s: float | None = None
@@ -68,7 +74,7 @@ class Progress:
         self.steps_seen += 1
         self.step = int(record.get("step", self.step + 1))
         self.worst_staleness = max(self.worst_staleness, finite(record.get("staleness_max")) or 0.0)
-        for name in COUNTED:
+        for name in ERRORS:
             self.sums[name] += int(finite(record.get(name)) or 0)
         if hot_load_s := finite(record.get("publish_s")):
             self.hot_load_s = hot_load_s

@@ -14,8 +14,8 @@ PARTS = ("wait_s", "train_s", "publish_wait_s", "checkpoint_s")
 _SUMS = (
     *PARTS,
     *(f"wait_{reason}_s" for reason in REASONS),
-    *("wait_straggler_s", "publish_s", "loop_blocked_s", "rollout_s", "model_s"),
-    *("rollouts_finished", "members_retried", "groups_filtered", "groups_trained", "stale_requeued", "stale_dropped"),
+    *("wait_straggler_s", "loop_blocked_s", "rollout_s", "model_s"),
+    *("rollouts_finished", "members_retried", "groups_filtered", "groups_trained"),
 )
 _MEANS = (
     *("eval_in_flight", "window", "window_congested", "kv_use", "staleness_max", "replicas_up", "replica_spread"),

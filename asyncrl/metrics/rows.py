@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
-from asyncrl.metrics.progress import TRAINING, Progress, finite
+from asyncrl.metrics.progress import ERRORS, TRAINING, Progress, finite
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARKS = 20
@@ -152,14 +152,6 @@ def weights(progress: Progress) -> str:
     if progress.checkpoint_s is not None:
         parts.append(f"checkpoint {in_seconds(progress.checkpoint_s)} (step {progress.checkpoint_step})")
     return ", ".join(parts) or NOT_YET
-
-
-ERRORS = {
-    "members_retried": "retried",
-    "members_failed": "failed",
-    "members_dropped": "dropped",
-    "groups_rejected": "groups rejected",
-}
 
 
 def errors(progress: Progress) -> str:

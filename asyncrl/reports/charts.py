@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from asyncrl.metrics.names import METRIC_BY_NAME
+from asyncrl.metrics.report import PARTS
 from asyncrl.reports.curves import SMOOTHED_FROM, Curves, Row, Wanted, metric, per_step, ratio
 from asyncrl.reports.evaluated import evaluations
 from asyncrl.reports.over_time import reward_over_time, rollout_time
 from asyncrl.reports.page import Axis, Block, Section
 from asyncrl.reports.run_data import Records
-from asyncrl.rollout.held import REASONS
 
 STALENESS = {"0": "0", "1": "1", "2": "2", "4": "3–4", "8": "5–8", "16": "9–16", "more": "over 16"}
 HELD = {
@@ -75,7 +75,7 @@ def off_policy(curves: Curves) -> Section:
         ),
         *_metric(curves, "sync_interval", Axis("interval of hot-loads", "optimizer steps", low=0.0)),
         *_metric(curves, "ess", Axis("effective sample size", share=True)),
-        *_metric(curves, "behavior_kl", Axis("KL", "nats")),
+        *_metric(curves, "behavior_kl", Axis("KL", "nats"), "KL to the sampler"),
         *curves.chart(
             "clipped",
             "Clipped tokens",
@@ -84,7 +84,7 @@ def off_policy(curves: Curves) -> Section:
             about="Tokens whose ratio left the trust region, below or above, and those whose weight was capped.",
         ),
         *_metric(curves, "entropy", Axis("entropy", "nats per token")),
-        *_metric(curves, "ref_kld", Axis("KL", "nats")),
+        *_metric(curves, "ref_kld", Axis("KL", "nats"), "KL to the reference"),
         *_metric(curves, "grad_norm", Axis("gradient norm", log=True)),
         *_metric(curves, "loss", Axis("loss")),
     ]
@@ -107,7 +107,11 @@ def speed(curves: Curves) -> Section:
         *curves.chart(
             "concurrency",
             "Concurrency",
-            _busy(curves),
+            [
+                Wanted("window", metric("window")),
+                Wanted("in flight", metric("in_flight")),
+                *([] if curves.several else _in_sampler()),
+            ],
             Axis("rollouts or requests", low=0.0),
             about="In flight below the window: the staleness bound holds back.",
         ),
@@ -133,7 +137,7 @@ def speed(curves: Curves) -> Section:
             Axis("duration", "s", low=0.0),
             about="A hot-load overlaps with training; a checkpoint is how long training stood still for it.",
         ),
-        *_metric(curves, "loop_lag_s", Axis("delay", "s", low=0.0)),
+        *_metric(curves, "loop_lag_s", Axis("delay", "s", low=0.0), "Delay of the event loop"),
     ]
     return Section("Speed", blocks)
 
@@ -143,7 +147,6 @@ def _time_parts() -> list[Wanted]:
     return [
         Wanted("training", per_step("train_s", "step_s")),
         *(Wanted(name, per_step(f"wait_{reason}_s", "step_s")) for reason, name in HELD.items()),
-        Wanted("waiting for rollouts", _unexplained_wait),
         Wanted("waiting for a hot-load", per_step("publish_wait_s", "step_s")),
         Wanted("checkpoint", per_step("checkpoint_s", "step_s")),
         Wanted("rest", _rest),
@@ -161,32 +164,22 @@ def _throughput(curves: Curves) -> list[Block]:
     ]
 
 
-def _busy(curves: Curves) -> list[Wanted]:
-    """Older runs know how many are in flight at the end of a step, and no mean."""
-    known = any("in_flight_mean" in run.steps for entry in curves.entries for run in entry.runs)
-    shown = [
-        Wanted("window", metric("window")),
-        Wanted("in flight", metric("in_flight_mean" if known else "in_flight")),
+def _in_sampler() -> list[Wanted]:
+    return [
+        Wanted("decoding", metric("sampler_running")),
+        Wanted("waiting in the sampler", metric("sampler_waiting")),
+        Wanted("evaluating", metric("eval_in_flight")),
     ]
-    if not curves.several:
-        shown += [
-            Wanted("decoding", metric("sampler_running")),
-            Wanted("waiting in the sampler", metric("sampler_waiting")),
-            Wanted("evaluating", metric("eval_in_flight")),
-        ]
-    return shown
 
 
-def _metric(curves: Curves, name: str, y: Axis) -> list[Block]:
-    """A chart of one metric, described by the table of metrics."""
-    described = METRIC_BY_NAME[name]
-    title = y.title[0].upper() + y.title[1:] if name != "behavior_kl" else "KL to the sampler"
-    titles = {"ref_kld": "KL to the reference", "loop_lag_s": "Delay of the event loop"}
+def _metric(curves: Curves, name: str, y: Axis, title: str = "") -> list[Block]:
+    """A chart of one metric, described by the table of metrics. Its title is that of the axis, if it has no other."""
     row = _where_positive(name) if y.log else metric(name)
     known = any(np.nan_to_num(run.steps[name]).any() for entry in curves.entries for run in entry.runs)
     if not known:  # a sampler that cannot tell its cache says 0 all along
         return []
-    return curves.chart(name, titles.get(name, title), [Wanted(name, row)], y, about=described.meaning)
+    title = title or y.title[0].upper() + y.title[1:]
+    return curves.chart(name, title, [Wanted(name, row)], y, about=METRIC_BY_NAME[name].meaning)
 
 
 def _supervised(curves: Curves) -> list[Block]:
@@ -207,12 +200,6 @@ def _where_positive(name: str) -> Row:
     return row
 
 
-def _unexplained_wait(records: Records) -> np.ndarray:
-    """Of runs that do not say what held rollouts back; nan where they do."""
-    known = [records[f"wait_{reason}_s"] for reason in REASONS if f"wait_{reason}_s" in records]
-    return ratio(records["wait_s"], records["step_s"]) if not known else np.full(len(records), np.nan)
-
-
 def _rest(records: Records) -> np.ndarray:
-    told = sum(np.nan_to_num(records[name]) for name in ("wait_s", "train_s", "publish_wait_s", "checkpoint_s"))
+    told = sum(np.nan_to_num(records[name]) for name in PARTS)
     return ratio(np.maximum(records["step_s"] - told, 0.0), records["step_s"])

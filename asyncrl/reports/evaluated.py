@@ -9,7 +9,6 @@ import numpy as np
 from asyncrl.metrics.names import METRIC_BY_NAME
 from asyncrl.reports.curves import Curve, Entry, filled, spread
 from asyncrl.reports.page import Axis, Block, Series, chart
-from asyncrl.reports.run_data import RunData
 
 VERSION = Axis("optimizer step that was measured")
 PASS = "eval_pass_at_"
@@ -35,8 +34,7 @@ def _numbers(entries: Sequence[Entry], name: str, label: str, place: int) -> lis
     """One column of the evaluations: a colour for each entry, or of a single one for each column."""
     series = []
     for entry in entries:
-        found = [_curve(run, name) for run in entry.runs]
-        curve = found[0] if len(found) == 1 else spread(found)
+        curve = _curve(entry, name)
         called, color, dash = (label, place, 0) if len(entries) == 1 else (entry.name, entry.color, place)
         if len(entries) > 1 and name.startswith(PASS):
             called = f"{entry.name} · {label}"
@@ -48,8 +46,7 @@ def _rewards(entries: Sequence[Entry]) -> list[Block]:
     """With intervals over rows; of runs shown as one, with the span of their means."""
     series = []
     for entry in entries:
-        found = [_with_interval(run) for run in entry.runs]
-        curve = found[0] if len(found) == 1 else spread(found)
+        curve = _curve(entry, "eval_reward", "eval_reward_low", "eval_reward_high")
         name = entry.name if len(entries) > 1 else "held-out rows"
         series.append(Series(name, curve.x, curve.y, "line+points", entry.color, low=curve.low, high=curve.high))
     joined = any(len(entry.runs) > 1 for entry in entries)
@@ -60,16 +57,13 @@ def _rewards(entries: Sequence[Entry]) -> list[Block]:
     return filled(chart("evaluation", "Reward on held-out rows", x=VERSION, y=y, series=series, about=about))
 
 
-def _with_interval(run: RunData) -> Curve:
-    found = run.evaluations
-    order = np.argsort(found["eval_version"], kind="stable")
-    columns = (found[name][order] for name in ("eval_version", "eval_reward", "eval_reward_low", "eval_reward_high"))
-    return Curve(*columns)
-
-
-def _curve(run: RunData, name: str) -> Curve:
-    order = np.argsort(run.evaluations["eval_version"], kind="stable")
-    return Curve(run.evaluations["eval_version"][order], run.evaluations[name][order])
+def _curve(entry: Entry, *names: str) -> Curve:
+    """Of a metric by version, and of the ends of its interval where they are named."""
+    curves = []
+    for run in entry.runs:
+        order = np.argsort(run.evaluations["eval_version"], kind="stable")
+        curves.append(Curve(*(run.evaluations[name][order] for name in ("eval_version", *names))))
+    return curves[0] if len(curves) == 1 else spread(curves)
 
 
 def _k(name: str) -> int:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -114,21 +114,6 @@ class Tile:
     tone: Tone = "plain"
 
 
-@dataclass(frozen=True, slots=True)
-class Names:
-    """Ids of sections and blocks, each once: from them the page knows what it is that has changed."""
-
-    used: set[str] = field(default_factory=set)
-
-    def take(self, wanted: str) -> str:
-        name, count = wanted, 1
-        while name in self.used:
-            count += 1
-            name = f"{wanted}-{count}"
-        self.used.add(name)
-        return name
-
-
 def chart(
     key: str,
     title: str,
@@ -138,7 +123,6 @@ def chart(
     series: Sequence[Series],
     about: str = "",
     stacked: bool = False,
-    wide: bool = False,
 ) -> Block:
     """A chart. Series without points are left out.
 
@@ -146,14 +130,13 @@ def chart(
         key: What tells it from other blocks of the page.
         about: Stands under the title: how to read it. Words in `backticks` are set as code, here as everywhere.
         stacked: Series stand on top of each other.
-        wide: It takes a whole row of the page.
     """
     drawn = [_series(place, one) for place, one in enumerate(series)]
     shown = [one for one in drawn if any(value is not None for value in one["y"])]
     axes = {"x": _axis(x), "y": _axis(y)}
     return {
         **{"kind": "chart", "id": key, "title": title, "about": about, **axes},
-        **{"series": shown, "stacked": stacked, "wide": wide},
+        **{"series": shown, "stacked": stacked},
     }
 
 
@@ -167,7 +150,7 @@ def table(
     colors: Sequence[int] | None = None,
 ) -> Block:
     """A table. `rows`: a str, number or None per column. `colors`: of the palette, a mark at the head of each row."""
-    heads = [{"title": column.title, "unit": column.unit, "number": column.number} for column in columns]
+    heads = [asdict(column) for column in columns]
     cells = [[number(cell) if isinstance(cell, float) else cell for cell in row] for row in rows]
     return {
         **{"kind": "table", "id": key, "title": title, "about": about, "columns": heads, "rows": cells},
@@ -182,8 +165,7 @@ def note(key: str, text: str, tone: Tone = "plain") -> Block:
 
 def tiles(key: str, shown: Iterable[Tile]) -> Block:
     """Numbers side by side."""
-    cells = [{"label": t.label, "value": t.value, "about": t.about, "tone": t.tone} for t in shown]
-    return {"kind": "tiles", "id": key, "tiles": cells}
+    return {"kind": "tiles", "id": key, "tiles": [asdict(tile) for tile in shown]}
 
 
 def model(
@@ -197,12 +179,22 @@ def model(
 ) -> Model:
     """What a page shows. `state` stands at its top. `live`: the page asks the server that it came from for newer data,
     again and again, until it is `over`."""
-    names = Names()
+    used: set[str] = set()
+
+    def once(wanted: str) -> str:
+        """Ids of sections and blocks, each once: from them the page knows what it is that has changed."""
+        name, count = wanted, 1
+        while name in used:
+            count += 1
+            name = f"{wanted}-{count}"
+        used.add(name)
+        return name
+
     shown = [
         {
-            "id": names.take("section-" + "-".join(section.title.lower().split())),
+            "id": once("section-" + "-".join(section.title.lower().split())),
             **{"title": section.title, "about": section.about},
-            "blocks": [{**block, "id": names.take(block["id"])} for block in section.blocks],
+            "blocks": [{**block, "id": once(block["id"])} for block in section.blocks],
         }
         for section in sections
     ]

@@ -107,8 +107,8 @@ class Recorded:
         chosen = np.flatnonzero((numbers >= first) & (numbers <= last))
         if not len(chosen):
             known = f"steps {numbers[0]:.0f} to {numbers[-1]:.0f}" if len(numbers) else "no steps yet"
-            asked = f"step {first}" if first == last else f"steps {first} to {last}"
-            raise DataError(f"{asked} is not there: the run has {known}.")
+            asked = f"step {first} is" if first == last else f"steps {first} to {last} are"
+            raise DataError(f"{asked} not there: the run has {known}.")
         ended, took = self.steps["time_s"][chosen], self.steps["step_s"][chosen]
         return Window(float(ended[0] - took[0]) + TOUCH_S, float(ended[-1]) - TOUCH_S)
 

@@ -22,12 +22,11 @@ from asyncrl.storage.ledger_file import LedgerReader, read_ledger
 from asyncrl.storage.logged import Rollout, read_rollouts
 from asyncrl.storage.timeline import LifeTimes, read_timeline
 
-Fate = Literal["trained", "filtered", "rejected", "requeued", "restarted", "pending"]
+STATES = ("trained", "filtered", "rejected")
+FATES = (*STATES, "requeued", "restarted", "pending")
 """What became of a group: `requeued` and `restarted` groups were rolled out again, as other groups."""
-FATES: tuple[Fate, ...] = ("trained", "filtered", "rejected", "requeued", "restarted", "pending")
 MOST_DRAWS = 200_000
 """Draws whose fate is read one by one; of more, so many are chosen."""
-STATES = ("trained", "filtered", "rejected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +49,12 @@ class Records:
 
 @dataclass(frozen=True, slots=True)
 class Fates:
-    """What became of groups. One group in `one_in` draws was looked up."""
+    """What became of groups, of a fair part of them where there are many."""
 
     keys: np.ndarray
     """[G] ascending: `key_of` the life that began it and its place in that life's order of admission."""
     fates: np.ndarray
     """[G] index into `FATES`."""
-    one_in: int = 1
 
     def of(self, life: int, sequences: np.ndarray) -> np.ndarray:
         """The fate of each group [N] -> [N], -1 for those that were not looked up or are undone."""
@@ -72,9 +70,6 @@ def key_of(life: int, sequence: Any) -> Any:
     return (life << 40) + sequence
 
 
-NO_FATES = Fates(np.zeros(0, np.int64), np.zeros(0, np.int64))
-
-
 @dataclass(frozen=True, slots=True)
 class RunData:
     """Everything that a report says of one run."""
@@ -88,8 +83,6 @@ class RunData:
     """Of the steps: where the time went."""
     evaluations: Records
     """`evaluations.jsonl`: one per evaluation, by `eval_version`."""
-    producer: Records
-    """`producer.jsonl`: the rollout side, by `rollouts_ended` and `rollout_time_s`. Empty in old runs."""
     timeline: Sequence[LifeTimes]
     """Empty where it was not recorded."""
     ledger: Mapping[str, int]
@@ -150,7 +143,6 @@ def load_run(folder: str | Path) -> RunData:
         steps=read_records(files.metrics, account.add),
         account=account,
         evaluations=read_records(files.evaluations),
-        producer=read_records(root / "producer.jsonl"),
         timeline=read_timeline(root),
         ledger=ledger,
         fates=fates,
@@ -200,7 +192,7 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
 
 def _ledger(files: RunFolder) -> tuple[dict[str, int], Fates]:
     if not files.ledger.is_file():
-        return {}, NO_FATES
+        return {}, Fates(np.zeros(0, np.int64), np.zeros(0, np.int64))
     with read_ledger(files.ledger) as ledger:
         counts = ledger.counts()
         ends = {state: counts.get(state, 0) for state in STATES}
@@ -217,13 +209,13 @@ def _fates(ledger: LedgerReader, one_in: int) -> Fates:
         draw = event.epoch, event.row
         if event.state in ("admitted", "requeued", "restarted"):
             if event.state != "admitted" and draw in begun:
-                fates[begun[draw]] = FATES.index("requeued" if event.state == "requeued" else "restarted")
+                fates[begun[draw]] = FATES.index(event.state)
             begun[draw] = key_of(event.life, event.sequence)
             fates[begun[draw]] = FATES.index("pending")
         elif event.state in STATES and draw in begun:
             fates[begun[draw]] = FATES.index(event.state)
     keys = np.fromiter(sorted(fates), np.int64, len(fates))
-    return Fates(keys, np.fromiter((fates[key] for key in keys.tolist()), np.int64, len(fates)), one_in)
+    return Fates(keys, np.fromiter((fates[key] for key in keys.tolist()), np.int64, len(fates)))
 
 
 def _toml(path: Path) -> dict[str, Any]:

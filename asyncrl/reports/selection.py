@@ -123,17 +123,13 @@ def difference(rollouts: Rollouts, measure: Measure) -> Difference | None:
     if min(len(np.unique(group)), len(np.unique(group[trained]))) < ENOUGH_GROUPS:
         return None
     all_mean, trained_mean = float(values.mean()), float(values[trained].mean())
-    # What each group adds to the difference of the two means.
+    scale, ratio = (1.0, 1.0) if measure == "reward" else (all_mean, trained_mean / all_mean)
+    # What each group adds to the difference of the two means, or to their ratio.
     influence = np.bincount(group, np.where(trained, values - trained_mean, 0.0)) / trained.sum()
-    influence -= np.bincount(group, values - all_mean) / len(values)
-    value, scale = trained_mean - all_mean, 1.0
-    if measure != "reward":
-        scale = all_mean
-        influence = np.bincount(group, np.where(trained, values - trained_mean, 0.0)) / trained.sum()
-        influence -= trained_mean / all_mean * np.bincount(group, values - all_mean) / len(values)
+    influence -= ratio * np.bincount(group, values - all_mean) / len(values)
     count = len(np.unique(group))
     error = math.sqrt(float(np.square(influence).sum()) * count / (count - 1)) / scale
-    value /= scale
+    value = (trained_mean - all_mean) / scale
     distance = _distance(values, values[trained])
     return Difference(measure, all_mean, trained_mean, value, value - Z * error, value + Z * error, distance)
 
@@ -235,7 +231,8 @@ def _ends(rollouts: Rollouts) -> Block:
     """What became of the rollouts: each attempt has one line that it counts in."""
     rows = []
     for fate, name in enumerate(FATES):
-        rows.append([f"group {name}" if name != "trained" else "trained", *_counted(rollouts, fate)])
+        chosen = (rollouts.fate == fate) & (rollouts.outcome == DONE)
+        rows.append([f"group {name}" if name != "trained" else "trained", *_means(rollouts, chosen)])
     for outcome, ended in enumerate(OUTCOMES):
         if outcome != DONE:
             rows.append([ended, *_means(rollouts, rollouts.outcome == outcome)])
@@ -244,10 +241,6 @@ def _ends(rollouts: Rollouts) -> Block:
         *(Column("mean length", "tokens"), Column("mean duration", "s"), Column("mean reward")),
     ]
     return table("selection-ends", "What became of the rollouts", columns, [row for row in rows if row[1]])
-
-
-def _counted(rollouts: Rollouts, fate: int) -> list[float | int | str | None]:
-    return _means(rollouts, (rollouts.fate == fate) & (rollouts.outcome == DONE))
 
 
 def _means(rollouts: Rollouts, chosen: np.ndarray) -> list[float | int | str | None]:

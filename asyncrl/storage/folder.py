@@ -128,7 +128,7 @@ class RunFolder:
             folder.logs.mkdir(mode=0o700, exist_ok=True)
             with folder.lock():
                 _write(folder.config, config_toml(settings or config))
-                _write_json(folder.environment, environment())
+                write_json(folder.environment, environment())
         except OSError as error:
             raise ConfigError(
                 f"run_dir: {folder.root} cannot be used: {error.strerror}. Choose a folder that you may write to."
@@ -179,7 +179,7 @@ class RunFolder:
             if path.exists():
                 shutil.copy2(path, self.logs / f"{path.stem}.life-{number - 1}{path.suffix}")
         _write(self.config, config_toml(settings))
-        _write_json(self.environment, environment())
+        write_json(self.environment, environment())
         self.summary.unlink(missing_ok=True)
 
     def holds(self) -> list[str]:
@@ -208,12 +208,12 @@ class RunFolder:
             }
             for group in groups
         ]
-        _write_json(path, {"step": step, "error": error, "groups": given})
+        write_json(path, {"step": step, "error": error, "groups": given})
         return path
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`; a reader never sees half of it."""
-        _write_json(self.summary, summary)
+        write_json(self.summary, summary)
 
 
 def existing_run(run: str | Path) -> Path:
@@ -266,7 +266,7 @@ def _new_name() -> Path:
     return Path("runs") / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Indented for readers. NaN becomes null."""
     _write(path, hide_secrets(json.dumps(json.loads(encode(value)), indent=2, ensure_ascii=False)) + "\n")
 

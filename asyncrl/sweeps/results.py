@@ -165,13 +165,8 @@ def _group(name: str, results: Sequence[Result], target: float | None) -> Group:
 
 def has_finished(folder: Path) -> bool:
     """Whether the run in the folder came to its end: nothing of it is left to train."""
-    summary = summary_of(folder)
-    return summary is not None and "error" not in summary and not summary.get("interrupted")
-
-
-def summary_of(folder: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(RunFolder(folder).summary.read_text(encoding="utf-8"))
+        summary = json.loads(RunFolder(folder).summary.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # it goes on, was killed, or somebody else wrote it
-        return None
-    return found if isinstance(found, dict) else None
+        return False
+    return isinstance(summary, dict) and "error" not in summary and not summary.get("interrupted")

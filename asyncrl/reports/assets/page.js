@@ -182,8 +182,7 @@ const page = (() => {
   drawers.chart = (block, kept) => {
     const hidden = kept?.hidden || new Set();
     const plot = kept?.plot || el("div", { class: "plot", role: "img", "aria-label": block.title });
-    const node = kept?.node || el("figure", {});
-    node.className = `block chart${block.wide ? " wide" : ""}`;
+    const node = kept?.node || el("figure", { class: "block chart" });
     const empty = block.series.length ? [] : [el("p", { class: "about" }, "Nothing to show yet.")];
     const redraw = () => {
       const above = [...head(block), ...legend(block, hidden, redraw), ...empty];

@@ -93,7 +93,7 @@ def _is_right(messages: list[dict[str, Any]]) -> bool:
 def test_the_demo_runs_to_its_summary(tmp_path: Path, lora: bool, capsys: pytest.CaptureFixture[str]) -> None:
     """Far too short to learn: whether it learns is the job of `make demo`."""
     out = tmp_path / "run"
-    few: Any = {"sampler": "transformers", "warm_steps": 12, "steps": 1, "train_rows": 8, "held_out_rows": 4}
+    few: Any = {"sampler": "transformers", "warm_steps": 3, "steps": 1, "train_rows": 8, "held_out_rows": 4}
     assert run_demo(out=str(out), lora=lora, **few) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert {"accuracy_before", "accuracy_after", "wall_s", "steps", "rollouts", "worst_staleness"} <= set(summary)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
@@ -60,7 +61,7 @@ def _sorted_out(rest: Sequence[str]) -> tuple[list[str], list[str]]:
         elif "=" in word:
             settings.append(word)
         else:
-            settings += [word, *(value for value in [next(words, None)] if value is not None)]
+            settings += [word, *islice(words, 1)]
     return settings, axes
 
 

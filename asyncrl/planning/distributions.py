@@ -119,9 +119,9 @@ class Shape:
     varies: bool
 
 
-def shape(distribution: Distribution, draws: int = 20_000) -> Shape:
+def shape(distribution: Distribution) -> Shape:
     """By drawing from it: right to about a percent where the tail is not very long."""
-    rng = random.Random(0)
+    rng, draws = random.Random(0), 20_000
     values = sorted(distribution.draw(rng) for _ in range(draws))
     return Shape(
         statistics.fmean(values), values[draws // 2], values[int(draws * 0.95)], varies=values[0] != values[-1]

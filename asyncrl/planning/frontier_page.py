@@ -10,6 +10,7 @@ from asyncrl.config import Config
 from asyncrl.planning.plan import Plan, rate
 from asyncrl.planning.setting import Point, Setting
 from asyncrl.reports.page import Axis, Block, Column, Section, Series, Tile, chart, model, note, page, table, tiles
+from asyncrl.reports.run_data import flat
 
 MOST_LINES = 12
 ROOM = 1.08
@@ -74,15 +75,8 @@ def _now(plan: Plan) -> list[Tile]:
 
 def changes(base: Config, setting: Setting) -> list[tuple[str, str, str]]:
     """(`section.field`, as it is, as it should be) of everything that differs."""
-    there = setting.config(base)
-    names = ("completions_per_prompt", "prompt_groups_per_step")
-    pairs = [(name, getattr(base, name), getattr(there, name)) for name in names]
-    for section in ("staleness", "concurrency", "publish"):
-        before, after = getattr(base, section), getattr(there, section)
-        pairs += [
-            (f"{section}.{name}", getattr(before, name), getattr(after, name)) for name in type(before).model_fields
-        ]
-    return [(name, f"{old}", f"{new}") for name, old, new in pairs if old != new]
+    before, after = (dict(flat(config.model_dump())) for config in (base, setting.config(base)))
+    return [(name, f"{old}", f"{after[name]}") for name, old in before.items() if old != after[name]]
 
 
 def _frontiers(plan: Plan) -> Iterator[Block]:

@@ -43,28 +43,26 @@ class Setting:
 
     def config(self, base: Config) -> Config:
         """`base` with this setting. Raises `ConfigError` where that cannot work."""
-        settings = base.model_dump()
-        settings.update(
-            completions_per_prompt=self.group_size,
-            prompt_groups_per_step=self.groups_per_step,
-            pipeline_chunks_per_step=min(base.pipeline_chunks_per_step, self.groups_per_step),
-        )
+        settings = base.model_dump() | self._batch(base)
         for name, values in self._sections(base).items():
             settings[name] = {**settings[name], **values}
         return Config(**settings)
 
     def toml(self, base: Config) -> str:
         """What to write into a config file to get from `base` here. Empty: nothing."""
-        flat = {
-            "completions_per_prompt": (base.completions_per_prompt, self.group_size),
-            "prompt_groups_per_step": (base.prompt_groups_per_step, self.groups_per_step),
-        }
-        lines = [f"{name} = {new}" for name, (old, new) in flat.items() if old != new]
+        lines = [f"{name} = {value}" for name, value in self._batch(base).items() if getattr(base, name) != value]
         for name, values in self._sections(base).items():
             old = getattr(base, name)
             if any(getattr(old, field) != value for field, value in values.items()):
                 lines += ["", f"[{name}]", *(f"{field} = {_toml(value)}" for field, value in values.items())]
         return "\n".join(lines).strip("\n")
+
+    def _batch(self, base: Config) -> dict[str, int]:
+        return {
+            "completions_per_prompt": self.group_size,
+            "prompt_groups_per_step": self.groups_per_step,
+            "pipeline_chunks_per_step": min(base.pipeline_chunks_per_step, self.groups_per_step),
+        }
 
     def _sections(self, base: Config) -> dict[str, dict[str, Any]]:
         """The settings of `base`'s sections that this one says, where they may differ from the default."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from asyncrl.metrics.names import METRIC_BY_NAME
 from asyncrl.metrics.report import PARTS
-from asyncrl.reports.curves import SMOOTHED_FROM, Curves, Row, Wanted, metric, per_step, ratio
+from asyncrl.reports.curves import SMOOTHED_FROM, Curves, Row, Wanted, metric, per_second, ratio
 from asyncrl.reports.evaluated import evaluations
 from asyncrl.reports.over_time import reward_over_time, rollout_time
 from asyncrl.reports.page import Axis, Block, Section
@@ -145,17 +145,17 @@ def speed(curves: Curves) -> Section:
 def _time_parts() -> list[Wanted]:
     """They add up to the whole."""
     return [
-        Wanted("training", per_step("train_s", "step_s")),
-        *(Wanted(name, per_step(f"wait_{reason}_s", "step_s")) for reason, name in HELD.items()),
-        Wanted("waiting for a hot-load", per_step("publish_wait_s", "step_s")),
-        Wanted("checkpoint", per_step("checkpoint_s", "step_s")),
+        Wanted("training", per_second("train_s")),
+        *(Wanted(name, per_second(f"wait_{reason}_s")) for reason, name in HELD.items()),
+        Wanted("waiting for a hot-load", per_second("publish_wait_s")),
+        Wanted("checkpoint", per_second("checkpoint_s")),
         Wanted("rest", _rest),
     ]
 
 
 def _throughput(curves: Curves) -> list[Block]:
     drawn = Wanted("drawn by the sampler", metric("tokens_per_s"))
-    trained = Wanted("through the trainer", per_step("train_tokens", "step_s"))
+    trained = Wanted("through the trainer", per_second("train_tokens"))
     samples = Wanted("samples", metric("samples_per_s"))
     y = "throughput"
     return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -64,11 +64,11 @@ class Curves:
     """
 
     entries: Sequence[Entry]
-    bin_steps: int = field(init=False)
 
-    def __post_init__(self) -> None:
+    @property
+    def bin_steps(self) -> int:
         longest = max((entry.steps for entry in self.entries), default=0)
-        object.__setattr__(self, "bin_steps", max(1, -(-longest // MOST_POINTS)))
+        return max(1, -(-longest // MOST_POINTS))
 
     @property
     def several(self) -> bool:
@@ -111,19 +111,18 @@ class Curves:
 
         `weights`: of a step in a mean over several; None: all weigh the same.
         """
+        runs = [run for entry in self.entries for run in entry.runs]
         series: list[Series] = []
         for place, part in enumerate(parts):
             shade = place / max(1, len(parts) - 1) if shades else None
-            if len(self.entries) == 1 and len(self.entries[0].runs) == 1:
-                steps = self.entries[0].runs[0].steps
-                curve = _weighted(steps, part.row(steps), weights, self.bin_steps)
-                x, values = curve.x, curve.y
+            if len(runs) == 1:
+                curve = _weighted(runs[0].steps, part.row(runs[0].steps), weights, self.bin_steps)
             else:
-                x = [entry.name for entry in self.entries]  # type: ignore[assignment]  # names
-                values = np.array([_overall(entry, part, weights) for entry in self.entries])
-            if np.any(np.nan_to_num(values) > 0):
-                series.append(Series(part.name, x, values, kind="bars", color=len(series), shade=shade))
-        over = STEP if len(self.entries) == 1 and len(self.entries[0].runs) == 1 else Axis("run", names=True)
+                shares = [_overall(entry, part, weights) for entry in self.entries]
+                curve = Curve(np.array([entry.name for entry in self.entries]), np.array(shares))
+            if np.any(np.nan_to_num(curve.y) > 0):
+                series.append(Series(part.name, curve.x, curve.y, kind="bars", color=len(series), shade=shade))
+        over = STEP if len(runs) == 1 else Axis("run", names=True)
         return filled(chart(key, title, x=over, y=y, series=series, about=about, stacked=True))
 
     def binning(self) -> str:
@@ -146,9 +145,9 @@ def metric(name: str) -> Row:
     return lambda records: records[name]
 
 
-def per_step(name: str, other: str) -> Row:
-    """One metric over another; nan where that is 0."""
-    return lambda records: ratio(records[name], records[other])
+def per_second(name: str) -> Row:
+    """A metric over the seconds of its step; nan where that took none."""
+    return lambda records: ratio(records[name], records["step_s"])
 
 
 def ratio(values: np.ndarray, by: np.ndarray) -> np.ndarray:

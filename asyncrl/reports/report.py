@@ -120,7 +120,8 @@ def _tiles(run: RunData) -> Iterator[Tile]:
         yield Tile("time", _duration(float(run.steps["time_s"][-1])), "of training")
     if (ends := _reward_ends(run)) is not None:
         first, last = ends
-        yield Tile("reward in training", f"{first:.3g} → {last:.3g}", "first and last tenth of the steps", _tone(*ends))
+        tone: Tone = "good" if last > first else "plain"
+        yield Tile("reward in training", f"{first:.3g} → {last:.3g}", "first and last tenth of the steps", tone)
     if (measured := _evaluated(run)) is not None:
         yield measured
     if (worst := _most(run.steps["staleness_max"])) is not None:
@@ -171,10 +172,6 @@ def _evaluated(run: RunData) -> Tile | None:
     about = f"95 % intervals {interval(first)} and {interval(last)}"
     tone: Tone = "good" if clear else "warn" if worse else "plain"
     return Tile("held-out reward", f"{values[0]:.3g} → {values[1]:.3g}", about, tone)
-
-
-def _tone(first: float, last: float) -> Tone:
-    return "good" if last > first else "plain"
 
 
 def _duration(seconds: float) -> str:
@@ -270,8 +267,8 @@ def _settings(runs: Sequence[RunData]) -> Section:
     if len(runs) == 1:
         rows = [[f"`{name}`", said(value)] for name, value in changed(runs[0]).items()]
         columns = [Column("setting", number=False), Column("value", number=False)]
-        blocks = [table("settings", "Settings that are no defaults", columns, rows)]
-        return Section("Settings", [*blocks, *_environment(runs[0])] if rows else _environment(runs[0]))
+        chosen = [table("settings", "Settings that are no defaults", columns, rows)] if rows else []
+        return Section("Settings", [*chosen, *_environment(runs[0])])
     rows = [[f"`{name}`", *(said(run.settings.get(name)) for run in runs)] for name in differing(runs)]
     columns = [Column("setting", number=False), *(Column(run.name, number=False) for run in runs)]
     about = "" if rows else "The runs have the same settings."

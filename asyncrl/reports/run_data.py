@@ -9,7 +9,7 @@ import json
 import tomllib
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,8 +75,8 @@ class RunData:
     """Everything that a report says of one run."""
 
     root: Path
-    config: Mapping[str, Any]
-    """As in config.toml: sections are mappings."""
+    settings: Mapping[str, Any]
+    """As in config.toml, by their full names: `staleness.max_staleness` -> 4."""
     steps: Records
     """`metrics.jsonl`: one per optimizer step."""
     account: Account
@@ -93,11 +93,6 @@ class RunData:
     environment: Mapping[str, Any]
     heard_at: float | None
     """When the newest record of a step was written, s since 1970. None: there is none."""
-    settings: Mapping[str, Any] = field(init=False)
-    """`config`, flat: `staleness.max_staleness` -> 4."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "settings", dict(flat(self.config)))
 
     @property
     def name(self) -> str:
@@ -139,7 +134,7 @@ def load_run(folder: str | Path) -> RunData:
     ledger, fates = _ledger(files)
     return RunData(
         root=root,
-        config=_toml(files.config),
+        settings=dict(flat(_toml(files.config))),
         steps=read_records(files.metrics, account.add),
         account=account,
         evaluations=read_records(files.evaluations),

@@ -17,7 +17,7 @@ from asyncrl.storage.folder import OFF
 
 
 def config(**settings: Any) -> Config:
-    return Config(model="m", completions_per_prompt=4, prompt_groups_per_step=2, **settings)
+    return Config(**{"model": "m", "completions_per_prompt": 4, "prompt_groups_per_step": 2, **settings})
 
 
 class Curve:
@@ -127,8 +127,12 @@ def test_windows_end_at_what_staleness_can_use_or_at_what_the_user_allows() -> N
 
 @pytest.mark.parametrize("policy", ["wait", "pace", "mask", "requeue", "drop"])
 @pytest.mark.parametrize("before", [{}, {"min_staleness": 1}, {"policy": "pace", "on_stale": "mask"}])
-def test_the_toml_of_a_setting_makes_the_config_that_was_simulated(policy: Any, before: dict[str, Any]) -> None:
-    base = config(staleness=before, publish={"timeout_s": 7.0})
+@pytest.mark.parametrize("chunks", [1, 8])
+def test_the_toml_of_a_setting_makes_the_config_that_was_simulated(
+    policy: Any, before: dict[str, Any], chunks: int
+) -> None:
+    batch = {"prompt_groups_per_step": 8, "pipeline_chunks_per_step": chunks}
+    base = config(staleness=before, publish={"timeout_s": 7.0}, **batch)
     setting = Setting(policy, 3, 24, 6, 8, 2)
     written = tomllib.loads(setting.toml(base))
     settings = base.model_dump()

@@ -106,6 +106,12 @@ def test_the_demo_runs_to_its_summary(tmp_path: Path, lora: bool, capsys: pytest
         run_demo(out=str(out), **few)
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--out: .*file/run cannot be used: Not a directory"):
+        run_demo(out=str(tmp_path / "file" / "run"))
+
+
 def test_the_command_asks_for_what_it_was_given(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

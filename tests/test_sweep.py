@@ -397,6 +397,7 @@ def test_a_real_sweep_with_a_run_that_fails_and_is_mended(
         (["--seed", "1"], "NAME=VALUE"),
         (["seed=1", "--dataset", "nowhere.jsonl"], r"nowhere.jsonl"),
         (["seed=1", "--rollout_fn", "none"], "rollout_fn"),
+        (["seed=1", "--out", "rows.jsonl"], "--out: rows.jsonl cannot be used"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_is(

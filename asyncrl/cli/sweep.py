@@ -39,6 +39,10 @@ def sweep(config_file: str, axes: Sequence[str], rest: Sequence[str], out: str |
     trials = make_trials(swept, lambda given: load_config(config_file, given), folder, shared)
     totals = _check_data(trials)
     work = [_job(trial) for trial in trials]
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: {folder} cannot be used: {error.strerror}. Name a folder of your own.") from None
     console = Console(highlight=False)
     console.print(f"sweep of {len(work)} runs in {folder}", soft_wrap=True)
     runner = Runner(work, lambda trial: _command(config_file, trial), at_once=jobs)
@@ -110,7 +114,6 @@ def _conclude(axes: Sequence[Axis], jobs: Sequence[Job], folder: Path, console: 
     groups = group_results(by_group, target)
     if groups:
         console.print(_table(groups, target, held_out=all(result.held_out for result in results.values())))
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_json(folder / "sweep.json", _as_json(axes, jobs, results, groups, target))
     report = _report(finished, folder, console)
     for job in jobs:

@@ -179,7 +179,7 @@ def _parts(text: str | None) -> list[str]:
 
 
 def _check_counts(arguments: argparse.Namespace) -> None:
-    for name, least in (("steps", 10), ("jobs", 1), ("replicas", 1), ("worst", 0)):
+    for name, least in (("steps", 10), ("jobs", 1), ("replicas", 1), ("worst", 0), ("seed", 0)):
         value = getattr(arguments, name)
         if value is not None and not value >= least:
             raise ConfigError(f"--{name} is {value:g}. Expected a number from {least} up.")

@@ -53,6 +53,12 @@ def run_demo(
     folder = RunFolder(Path(out or f"runs/demo-{datetime.now(UTC):%Y%m%d-%H%M%S}").absolute())
     if found := folder.holds():  # better said before the warm start than by `train` after it
         raise ConfigError(f"--out: {folder.root} already holds a run ({', '.join(found)}). Choose a new folder.")
+    try:
+        folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: {folder.root} cannot be used: {error.strerror}. Name a folder of your own."
+        ) from None
     model = make_model(folder.root, seed=seed, steps=warm_steps, quiet=quiet)
     result = asyncrl.train(
         rollout,

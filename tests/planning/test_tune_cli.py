@@ -75,6 +75,7 @@ def test_the_same_seed_gives_the_same_plan(project: Path, capsys: pytest.Capture
         (["run.toml", *SMALL, "--give", "2"], "--give is '2'"),
         (["run.toml", *SMALL, "--replicas", "0"], "--replicas is 0"),
         (["run.toml", *SMALL, "--steps", "1"], "--steps is 1"),
+        (["run.toml", *SMALL, "--seed=-1"], "--seed is -1"),
         (["run.toml", *SMALL, "--no_such", "1"], "no_such"),
         (["run.toml", *SMALL, "--max-staleness", "0", "--sync", "3"], "no step could ever be published"),
         (["empty"], "holds no run"),

@@ -24,6 +24,8 @@ from asyncrl.errors import ConfigError
 P95 = statistics.NormalDist().inv_cdf(0.95)
 STEEPEST = math.exp(P95 * P95 / 2)
 """p95 / mean of the lognormal that has the largest: with a wider one the mean outruns the p95."""
+WIDEST = 10.0
+"""Sigma of a lognormal, and 1 / alpha of a pareto, whose draws are still numbers that a computer has."""
 
 
 class Distribution(Protocol):
@@ -136,8 +138,8 @@ def lognormal(given: dict[str, float]) -> Distribution:
     names = set(given)
     if names == {"median", "p95"}:
         _need(given["p95"] > given["median"], "its p95 must be above its median")
-        return Lognormal(given["median"], math.log(given["p95"] / given["median"]) / P95)
-    if names == {"mean", "p95"}:
+        sigma = math.log(given["p95"] / given["median"]) / P95
+    elif names == {"mean", "p95"}:
         ratio = given["p95"] / given["mean"]
         _need(ratio > 1, "its p95 must be above its mean")
         _need(
@@ -146,12 +148,12 @@ def lognormal(given: dict[str, float]) -> Distribution:
             "(the median is what half of them stay below), or use pareto",
         )
         sigma = P95 - math.sqrt(max(0.0, P95 * P95 - 2 * math.log(ratio)))
-        return Lognormal(given["mean"] * math.exp(-sigma * sigma / 2), sigma)
-    if names == {"median", "sigma"}:
-        return Lognormal(given["median"], given["sigma"])
-    if names == {"mean", "sigma"}:
-        return Lognormal(given["mean"] * math.exp(-(given["sigma"] ** 2) / 2), given["sigma"])
-    raise ConfigError("it takes median= and p95=, or mean= and p95=, or one of them and sigma=")
+    elif names in ({"median", "sigma"}, {"mean", "sigma"}):
+        sigma = given["sigma"]
+    else:
+        raise ConfigError("it takes median= and p95=, or mean= and p95=, or one of them and sigma=")
+    _need(sigma <= WIDEST, f"its values span too much: its sigma is {sigma:.3g}, and {WIDEST:g} is the most")
+    return Lognormal(given["median"] if "median" in given else given["mean"] * math.exp(-sigma * sigma / 2), sigma)
 
 
 def pareto(given: dict[str, float], capped: bool) -> Distribution:
@@ -168,6 +170,7 @@ def pareto(given: dict[str, float], capped: bool) -> Distribution:
         f"its tail is so long that it has no mean (alpha {alpha:.2f}, at most 1). Say where it ends: max=... "
         "(rollout.timeout_s, say)",
     )
+    _need(alpha >= 1 / WIDEST, f"its values span too much: its alpha is {alpha:.3g}, and {1 / WIDEST:g} is the least")
     return Pareto(low, alpha)
 
 

@@ -65,7 +65,11 @@ def staleness(progress: Progress) -> Text:
         return Text(NOT_YET)
     shares = progress.staleness_shares()
     most = max((share for _, share in shares), default=0.0)
-    bars = [part for name, share in shares for part in ((f"{name} ", "dim"), (_bar(share, most), "cyan"), "  ")]
+    bars = [
+        part
+        for name, share in shares
+        for part in ((f"{name} ", "dim"), (_bar(share / most) if share else "·", "cyan"), "  ")
+    ]
     said = (
         f"mean {mean:.1f}, max {shown(progress.last('staleness_max'), 0)}, worst so far {progress.worst_staleness:.0f}"
     )
@@ -193,7 +197,7 @@ def sparkline(values: Sequence[float]) -> str:
     span = high - low
     if span <= 0:
         return BARS[3] * len(values)
-    return "".join(BARS[min(len(BARS) - 1, int((value - low) / span * len(BARS)))] for value in values)
+    return "".join(_bar((value - low) / span) for value in values)
 
 
 def duration(seconds: float) -> str:
@@ -225,8 +229,9 @@ def _thinned(values: Sequence[float]) -> list[float]:
     return [fmean(values[start : (first if start < first else start + width)]) for start in starts]
 
 
-def _bar(share: float, most: float) -> str:
-    return BARS[min(len(BARS) - 1, int(share / most * len(BARS)))] if share > 0 else "·"
+def _bar(height: float) -> str:
+    """From 0 to 1."""
+    return BARS[min(len(BARS) - 1, int(height * len(BARS)))]
 
 
 def _span(values: Sequence[Any], form: str) -> str:

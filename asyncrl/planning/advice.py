@@ -104,10 +104,6 @@ def _plainness(point: Point) -> tuple[float, ...]:
     )
 
 
-def _freshness(point: Point) -> tuple[float, ...]:
-    return (point.staleness_worst, point.staleness_mean, *_plainness(point))
-
-
 def _why(chosen: Point, best: Point, give: float, worst: float, within: bool) -> str:
     says = f"{said(chosen)} gives {chosen.share:.0%} of the ideal rate, {_staleness(chosen)}."
     if not within:
@@ -154,7 +150,10 @@ def _faster(other: Point, chosen: Point) -> str:
 def _beyond(points: Sequence[Point], best: Point, worst: float) -> list[str]:
     """What the limit on the worst staleness costs, where that is much."""
     most = max(point.share for point in points)
-    fastest = min((point for point in points if point.share >= most - FASTER), key=_freshness)
+    fastest = min(
+        (point for point in points if point.share >= most - FASTER),
+        key=lambda point: (point.staleness_worst, point.staleness_mean, *_plainness(point)),
+    )
     if fastest.staleness_worst <= worst or fastest.share < best.share + 0.05:
         return []
     return [

@@ -34,7 +34,9 @@ def with_speed(sampler: SamplerModel, config: Config, text: str) -> SamplerModel
         if found := SPEED.match(part):
             points[int(found["running"])] = quantity(found["rate"], COUNTS, "--sampler")
         elif found := PROMPTS.match(part):
-            prompt_s = 1 / _above_0(quantity(found["rate"], COUNTS, "--sampler"), text)
+            if not (rate := quantity(found["rate"], COUNTS, "--sampler")):
+                raise _bad_speed(text, "a speed must be above 0")
+            prompt_s = 1 / rate
         else:
             raise _bad_speed(text, f"{part!r} cannot be read")
     if not 1 <= len(points) <= 2 or min(points) < 1 or min(points.values()) <= 0:
@@ -57,12 +59,6 @@ def _bad_speed(text: str, why: str) -> ConfigError:
         f"--sampler is {text!r}: {why}. Expected the speed of one replica with few and with most requests, such as "
         f"'{SAMPLER}', and ', prompts 20k tokens/s' where reading prompts takes time."
     )
-
-
-def _above_0(value: float, text: str) -> float:
-    if value <= 0:
-        raise _bad_speed(text, "a speed must be above 0")
-    return value
 
 
 def replicas(config: Config) -> int:

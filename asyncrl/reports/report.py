@@ -58,7 +58,8 @@ def report(runs: Sequence[RunData], *, groups: Mapping[str, Sequence[str]] | Non
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     shown = [section for section in sections if section.blocks]
     over = all(run.state != "going on" for run in runs)
-    return model(title, shown, subtitle=_subtitle(runs), state=_state(runs), live=live, over=over)
+    subtitle = f"{', '.join(f'`{run.root}`' for run in runs)} · asyncrl {__version__}"
+    return model(title, shown, subtitle=subtitle, state=_state(runs), live=live, over=over)
 
 
 def _rolls_out(runs: Sequence[RunData]) -> bool:
@@ -78,11 +79,6 @@ def _entries(runs: Sequence[RunData], groups: Mapping[str, Sequence[str]] | None
         (label, [run]) for label, run in zip(labels(runs), runs, strict=True) if id(run) not in map(id, in_groups)
     ]
     return [Entry(name, color, members) for color, (name, members) in enumerate(shown)]
-
-
-def _subtitle(runs: Sequence[RunData]) -> str:
-    where = f"`{runs[0].root}`" if len(runs) == 1 else ", ".join(f"`{run.root}`" for run in runs)
-    return f"{where} · asyncrl {__version__}"
 
 
 def _state(runs: Sequence[RunData]) -> str:

@@ -1,4 +1,4 @@
-"""A real browser, without a head and without a network."""
+"""A run to report of; and a real browser, without a head and without a network."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.reports.runs import make_run
 
 QUIET = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
@@ -71,6 +73,11 @@ OVERLAPS = """() => {
   }
   return found;
 }"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("report") / "run", steps=40)
 
 
 @pytest.fixture(scope="module")

@@ -25,11 +25,6 @@ from asyncrl.storage.logged import Rollout
 from tests.reports.runs import make_run, step_record
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("report") / "run", steps=40)
-
-
 def block(shown: Any, key: str) -> Any:
     return next(block for section in shown["sections"] for block in section["blocks"] if block["id"] == key)
 

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pytest
-
 from asyncrl.metrics.jsonl import JsonlFile
 from asyncrl.reports.report import report, write_report
 from asyncrl.reports.run_data import load_run
@@ -21,11 +19,6 @@ if TYPE_CHECKING:
     from tests.reports.conftest import Tab
 
 EVIL = "</script><img src=x onerror='document.hacked = 1'>\x1b[2J\u202eevil"
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("report") / "run", steps=40)
 
 
 def test_it_opens_at_any_width(run: Path, open_page: Callable[..., Tab], tmp_path: Path) -> None:

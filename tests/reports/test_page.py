@@ -41,7 +41,7 @@ def shown(word: str = "plain", values: Any = (1.0, 2.0, 4.0)) -> Any:
     blocks = [
         tiles("tiles", [Tile(word, word, word)]),
         note("note", f"{word} and `{word}`", "warn"),
-        chart("lines", word, x=Axis(word, word), y=Axis(word), series=series, about=word),
+        chart("lines", word, x=Axis(word, word), y=Axis(word, low=-1.0), series=series, about=word),
         chart("bars", "Bars", x=Axis("run", names=True), y=Axis("time", "s"), stacked=True,
               series=[Series(word, [word, "b"], [1, 2], "bars"), Series("c", [word, "b"], [1, 2], "bars", shade=0.5)]),
         chart("points", "Points", x=Axis("x", log=True), y=Axis("share", share=True),
@@ -102,6 +102,8 @@ def test_it_opens_without_a_network_in_the_light_and_the_dark(open_page: Callabl
     write_page(tmp_path / "page.html", page(shown()))
     tab = open_page(tmp_path / "page.html", dark=True)
     assert tab.traces() == {"block-lines": 4, "block-bars": 4, "block-points": 2}
+    drawn_from = tab.page.evaluate("document.querySelector('#block-lines .plot')._fullLayout.yaxis.range[0]")
+    assert drawn_from == -1, "where the axis was said to begin"
     assert tab.page.inner_text("#block-empty .about") == "Nothing to show yet."
     assert tab.page.evaluate("document.documentElement.dataset.theme") == "dark"
     ink = "getComputedStyle(document.querySelector('#block-lines .ytick text')).fill"

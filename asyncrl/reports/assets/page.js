@@ -81,9 +81,9 @@ const page = (() => {
       made.tickvals = names.map(plain);
       made.ticktext = names.map((name) => plain(shortened(name)));
     }
-    if (described.low !== null || described.high !== null) {
-      made.range = [bound(described.low), bound(described.high)];
-    }
+    // One end given and the other by the data: of `range`, plotly forgets such an end when it makes room for the ticks.
+    if (described.low !== null && described.high !== null) made.range = [bound(described.low), bound(described.high)];
+    else made.autorangeoptions = { minallowed: bound(described.low), maxallowed: bound(described.high) };
     if (described.share) made.tickformat = ".3~%";
     else if (described.log) made.nticks = 5;
     else if (!described.names) { made.tickformat = ""; made.exponentformat = "SI"; made.minexponent = 5; made.separatethousands = true; }

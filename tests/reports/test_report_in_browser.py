@@ -28,6 +28,8 @@ def test_it_opens_at_any_width(run: Path, open_page: Callable[..., Tab], tmp_pat
     traces = tab.traces()
     assert len(traces) > 15
     assert all(traces.values())
+    ticks = [float(text) for text in tab.page.locator("#block-grad_norm .ytick text").all_text_contents()]
+    assert ticks == sorted(set(ticks)), "of a logarithmic axis each is a number by itself"
     fits(tab, 390, 800, 1400)
     tab.page.click("#theme")
     fits(tab, 1400)

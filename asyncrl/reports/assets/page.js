@@ -85,7 +85,7 @@ const page = (() => {
     if (described.low !== null && described.high !== null) made.range = [bound(described.low), bound(described.high)];
     else made.autorangeoptions = { minallowed: bound(described.low), maxallowed: bound(described.high) };
     if (described.share) made.tickformat = ".3~%";
-    else if (described.log) made.nticks = 5;
+    else if (described.log) { made.nticks = 5; made.tickformat = "~g"; } // else 0.2 and 20 are both a "2"
     else if (!described.names) { made.tickformat = ""; made.exponentformat = "SI"; made.minexponent = 5; made.separatethousands = true; }
     return made;
   }

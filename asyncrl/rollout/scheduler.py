@@ -23,12 +23,7 @@ from typing import Any
 import structlog
 
 from asyncrl.data import Prompt, PromptStream
-from asyncrl.errors import (
-    BreakerOpen,
-    RolloutError,
-    RolloutTimeout,
-    UserError,
-)
+from asyncrl.errors import BreakerOpen, RolloutError, RolloutTimeout
 from asyncrl.rollout.concurrency import ConcurrencyController
 from asyncrl.rollout.contract import Contract
 from asyncrl.rollout.counts import Counts, record_attempt
@@ -318,12 +313,12 @@ class Scheduler:
             except (asyncio.CancelledError, GeneratorExit):
                 raise
             except BaseException as error:  # asyncio lets a SystemExit of one rollout end the loop, and so the run
-                lost = self._judge(member, error)
+                lost = member.abandoned or self._judge(member, error)
             else:
                 if run is not None:
                     return run
                 self.counts.dropped += 1
-                lost = member.attempt >= self.failures.retries
+                lost = member.abandoned or member.attempt >= self.failures.retries
             if lost:
                 return None
             member.attempt += 1
@@ -333,6 +328,7 @@ class Scheduler:
         """One call of the user's function, after a pause if it is not the first. None: it dropped the draw."""
         try:
             if member.attempt:
+                self._watch(member)  # the pause is no part of the attempt before it
                 await asyncio.sleep(self.failures.backoff_s(member.attempt))
                 self._watch(member)
             return await self._call(member)
@@ -393,15 +389,17 @@ class Scheduler:
         log.info("a rollout failed", rollout=repr(member), error=describe(error), retries=self.failures.retries)
         if member.attempt < self.failures.retries:
             return False
+        self._lose(member, describe(error), error)
+        return True
+
+    def _lose(self, member: Member, why: str, cause: BaseException | None = None) -> None:
+        """The member has no try left. Raises `BreakerOpen` where it is one too many."""
         self.counts.lost += 1
-        outage = self._breaker.lost()
-        if outage is not None:
+        if (outage := self._breaker.lost()) is not None:
             raise BreakerOpen(
                 f"{outage}: this looks like an outage, so the run ends instead of burning prompts. "
-                f"The last failure: {describe(error)} ({member}). Mend its cause, or raise "
-                "rollout.retries if it passes by itself."
-            ) from error
-        return True
+                f"The last failure: {why} ({member}). Mend its cause, or raise rollout.retries if it passes by itself."
+            ) from cause
 
     def fail(self, error: Exception) -> None:
         """End the run with this error, unless one came before."""
@@ -433,10 +431,10 @@ class Scheduler:
     def _abandon(self, member: Member) -> None:
         log.warning("a rollout ignores its cancellation and is left behind", rollout=repr(member))
         member.abandoned = True
-        self.counts.lost += 1
         try:
+            self._lose(member, "it ignores its cancellation")
             self._end(member, None)
-        except UserError as error:  # of the user's advantage or filter: the sweeper must not die of it
+        except Exception as error:  # whatever it is, the sweeper must not die of it
             self.fail(error)
 
 

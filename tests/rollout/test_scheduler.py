@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -106,6 +107,21 @@ def test_a_rollout_that_hangs_is_cancelled_at_its_time_limit_and_drawn_again() -
     assert cancelled_at == pytest.approx([10.0] * 8)
 
 
+def test_the_pause_before_another_try_is_no_part_of_its_time() -> None:
+    seen: set[tuple[int, int]] = set()
+
+    async def rollout(prompt: Prompt) -> RolloutSample:
+        await asyncio.sleep(9.95)
+        if (place := (prompt.index, prompt.rollout_index)) not in seen:
+            seen.add(place)
+            raise RecoverableRolloutError("first try")
+        return sample(prompt)
+
+    outcome = run(rollout, rows=2, rollout={"timeout_s": 10.0, "retries": 1})
+    assert outcome.ledger["trained"] == 2
+    assert total(outcome, "samples") == 8
+
+
 def test_a_rollout_that_ignores_its_cancellation_is_left_behind() -> None:
     ignored = 0
 
@@ -123,6 +139,36 @@ def test_a_rollout_that_ignores_its_cancellation_is_left_behind() -> None:
     outcome = run(rollout)
     assert outcome.ledger["trained"] == 8, "the group goes on without it"
     assert total(outcome, "members_failed") == 1
+
+
+def test_one_that_was_left_behind_is_not_drawn_again() -> None:
+    calls = 0
+
+    async def rollout(prompt: Prompt) -> RolloutSample:
+        nonlocal calls
+        if prompt.index == 0 and prompt.rollout_index == 0:
+            calls += 1
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(10_000)
+            await asyncio.sleep(60)
+            raise RecoverableRolloutError("too late")
+        await asyncio.sleep(9)
+        return sample(prompt)
+
+    outcome = run(rollout, rows=40, data={"shuffle": False})
+    assert outcome.ledger["trained"] == 40
+    assert outcome.seconds > 100
+    assert calls == 1
+
+
+def test_rollouts_that_all_ignore_their_cancellation_are_an_outage() -> None:
+    async def rollout(prompt: Prompt) -> None:
+        for _ in range(2):  # the time limit; the end of the loop ends it
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(1e6)
+
+    with pytest.raises(BreakerOpen, match="it ignores its cancellation"):
+        run(rollout, rows=100)
 
 
 def test_an_unknown_exception_ends_the_run_with_the_prompt_and_the_users_traceback() -> None:

@@ -92,6 +92,8 @@ class StepAccount:
 
     def sampled(self, load: Load) -> None:
         """The sampler said how busy it is."""
+        if self.load is None:  # an evaluation before training, or another run on the same servers, has drawn some
+            self._tokens_seen = load.generated_tokens
         self.load = load
         gauges = self.gauges()
         self._samples += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,9 +17,11 @@ from asyncrl.data import Prompt
 from asyncrl.engine import Engine
 from asyncrl.errors import CanaryError, EngineError, SamplerError, SamplerRequestError, StallError, TrainerError
 from asyncrl.rollout.scheduler import RolloutFn
+from asyncrl.step_record import Record
+from asyncrl.storage.ledger import Entry, Ledger
 from asyncrl.testing.clock import Deadlock, run_virtual
 from asyncrl.testing.fakes import CountingTrainer, ScriptedSampler
-from asyncrl.types import Load, RolloutSample, SamplingParams, StepResult, TrainSequence, Weights
+from asyncrl.types import Load, RolloutSample, SampleRequest, SamplingParams, StepResult, TrainSequence, Weights
 
 
 async def rollout(prompt: Prompt) -> RolloutSample:
@@ -207,3 +210,50 @@ def test_a_batch_without_signal_is_no_step_and_leaves_no_record() -> None:
     assert steps == list(range(1, trainer.step + 1))
     assert engine.ledger.summary()["filtered"] == 21
     assert engine.ledger.summary()["trained"] == 19
+
+
+def test_what_was_drawn_before_training_is_of_no_step() -> None:
+    """An evaluation before training, or another run on the same servers."""
+    records: list[Record] = []
+
+    async def work() -> None:
+        sampler = ScriptedSampler(latency_s=slow)
+        for _ in range(20):
+            await sampler.generate(SampleRequest([1], SamplingParams(4)))
+        engine = engine_of(sampler, CountingTrainer(), rows=8)
+        engine.on_step = lambda record, batch: records.append(record)
+        await engine.run()
+
+    run_virtual(work())
+    assert sum(record["tokens_generated"] for record in records) <= 8 * 2 * 2
+    assert records[0]["tokens_generated"] > 0
+
+
+class Full:
+    """The store of a ledger whose disk takes admissions and nothing else."""
+
+    position = life = 0
+
+    def write(self, entry: Entry) -> None:
+        if entry[6] != "admitted":
+            raise EngineError("the ledger cannot be written")
+
+    async def flush(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+
+def test_a_ledger_that_fails_while_a_rollout_is_left_behind_ends_the_run() -> None:
+    """The last rollout of its group ignores its cancellation: nobody but the sweeper hears of it."""
+
+    async def stubborn(prompt: Prompt) -> None:
+        for _ in range(2):  # the time limit; the end of the loop ends it
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(1e6)
+
+    engine = engine_of(ScriptedSampler(), CountingTrainer(), rows=1, work=stubborn, rollout={"timeout_s": 10.0})
+    engine.ledger = engine.scheduler.ledger = Ledger(Full())
+    with pytest.raises(EngineError, match="the ledger cannot be written"):
+        run_virtual(engine.run())

@@ -178,9 +178,11 @@ class Engine:
             await self._published()
 
     async def _step_taken(self, batch: Batch, result: StepResult) -> None:
-        state = self.capture() if self.checkpoints is not None and self.checkpoints.due(self.step) else None
-        self._adapt(batch, result)
+        state: RunState | None = None
         try:
+            self._adapt(batch, result)
+            if self.checkpoints is not None and self.checkpoints.due(self.step):
+                state = self.capture()
             await self._publish_if_due()
         finally:  # the step was taken, whatever becomes of its weights
             self._report(batch, result)
@@ -261,9 +263,9 @@ class Engine:
             else:
                 self.ledger.filtered(key)
         self.scheduler.budget.trained(len(batch.groups), self.step)
-        self.scheduler.pump()  # nothing may begin yet, but what holds rollouts back is another thing now
         self.taken.clear()
         self._failed_steps = 0
+        self.scheduler.pump()  # nothing may begin yet, but what holds rollouts back is another thing now
         return result
 
     def _give_up(self, batch: Batch, error: StepFailed) -> None:

@@ -69,14 +69,16 @@ def restore(engine: Engine, state: RunState) -> None:
     scheduler.failures.forgiven = loop["errors_forgiven"]
     for signal in loop["recent_signal"]:
         scheduler.patience.finished(signal)
-    scheduler.budget.go_on(loop["groups_used"])
+    most = engine.settings.max_steps
+    ahead = None if most is None else max(0, most - state.step) * engine.settings.groups_per_step
+    scheduler.budget.go_on(loop["groups_used"], ahead)
     scheduler.stream.go_on(Cursor(*loop["cursor"]))
     unfinished = [(epoch, row) for epoch, row in loop["unfinished"]]
-    # Under another bound or batch they might not find their places in time.
-    kept = state.groups if loop["staleness"] == _staleness(engine) else []
+    # Under another bound or batch they might not find their places in time; beyond the last step they have none.
+    kept = state.groups[:ahead] if loop["staleness"] == _staleness(engine) else []
     if engine.adaptive is not None:
         engine.adaptive.go_on(loop["adaptive"])
-    restarted = unfinished + [(group.epoch, group.row) for group in state.groups if group not in kept]
+    restarted = unfinished + [(group.epoch, group.row) for group in state.groups[len(kept) :]]
     for epoch, row in _in_order(engine, restarted):
         scheduler.stream.give_back(epoch, row)
     for group, deadline in zip(kept, loop["deadlines"], strict=False):

@@ -62,6 +62,8 @@ class Lineage:
 
     trained: list[tuple[int, tuple[int, int], int]] = field(default_factory=list)
     """(step, draw, staleness of its oldest token)"""
+    bounds: dict[int, float] = field(default_factory=dict)
+    """After each step, where the bound moves."""
     finished: bool = False
     rollouts: int = 0
 
@@ -78,10 +80,12 @@ def live(
     *,
     clean: bool = False,
     failing: frozenset[int] = frozenset(),
+    pending: int = 0,
 ) -> Saved:
     """One life, from `state`, until its end or until `stop_s`: a `clean` end is saved, another is not.
 
-    `failing`: calls of the optimizer, counted from 1, that cannot take their step.
+    `failing`: calls of the optimizer, counted from 1, that cannot take their step. `pending`: draws that are so when
+    the run has come to its end.
     """
     saved = Saved(every=2 * max(1, config.publish.weight_sync_interval))
 
@@ -100,6 +104,8 @@ def live(
                 )
                 for group in batch.groups
             )
+            if "staleness_bound" in record:
+                lineage.bounds[batch.step + 1] = record["staleness_bound"]
 
         async with FailingTrainer(failing, step_s=lambda: 0.5) as trainer:
             engine: Engine = assemble(
@@ -132,7 +138,7 @@ def live(
             lineage.rollouts = engine.scheduler.finished_rollouts
             engine.ledger.check()
             if lineage.finished:
-                assert engine.ledger.pending == 0
+                assert engine.ledger.pending == pending
 
     run_virtual(work())
     return saved
@@ -217,6 +223,7 @@ def test_a_bound_that_has_moved_goes_on_from_there() -> None:
     config = pairs(max_staleness=4, min_staleness=0)
     lineage = Lineage()
     saved = live(config, 60, lineage, None, None)
+    assert all(state.loop["adaptive"]["bound"] == lineage.bounds[state.step] for state in saved.states)
     state = next(state for state in saved.states if state.loop["adaptive"]["bound"] > 1 and state.groups)
     assert len(state.loop["deadlines"]) == len(state.groups)
     lineage.rewind(state.step)
@@ -248,3 +255,29 @@ def test_the_budget_of_steps_that_failed_comes_back() -> None:
     live(config, 20, lineage, None, None, failing=frozenset({2, 3, 6}))
     assert lineage.finished
     assert sorted(step for step, _, _ in lineage.trained) == sorted([*range(1, 8)] * 2), "14 of 20 groups"
+
+
+def test_a_run_that_gets_fewer_steps_ends_there() -> None:
+    """More groups are finished than the steps that are left can train."""
+    config = pairs(max_staleness=4)
+    lineage = Lineage()
+    saved = live(config, 60, lineage, None, 30.0)
+    state = next(state for state in saved.states if len(state.groups) > 3)
+    lineage.rewind(state.step)
+    fewer = config.model_copy(update={"max_steps": state.step + 1})
+    begun = state.loop["ledger"]["counts"]["admitted"]
+    live(fewer, 60, lineage, state, None, pending=begun - 2 * (state.step + 1))
+    assert lineage.finished
+    assert Counter(step for step, _, _ in lineage.trained) == dict.fromkeys(range(1, state.step + 2), 2)
+
+
+def test_a_run_that_gets_another_batch_takes_all_of_its_steps() -> None:
+    config = pairs(max_staleness=2).model_copy(update={"max_steps": 12})
+    lineage = Lineage()
+    state = live(config, 60, lineage, None, 15.0, clean=True).states[-1]
+    assert 0 < state.step < 12
+    lineage.rewind(state.step)
+    live(config.model_copy(update={"prompt_groups_per_step": 1}), 60, lineage, state, None)
+    assert lineage.finished
+    assert max(step for step, _, _ in lineage.trained) == 12
+    assert set(Counter(draw for _, draw, _ in lineage.trained).values()) == {1}

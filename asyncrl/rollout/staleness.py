@@ -72,10 +72,12 @@ class StalenessBudget:
         self._awaiting.append((step, groups))
         self.used += groups
 
-    def go_on(self, used: int) -> None:
-        """An earlier life of this run used so many groups, and the weights of all of them are live."""
+    def go_on(self, used: int, ahead: int | None) -> None:
+        """An earlier life of this run used so many groups, and the weights of all of them are live; at most `ahead` are
+        still to be trained. Batches may have had another size, and the run another end."""
         assert self._kept == self.used == 0
         self._kept = self.used = used
+        self._most = None if ahead is None else used + ahead
 
     def published(self, version: int) -> int:
         """Weights of `version` steps are live. Returns how many slots came free."""

@@ -144,9 +144,11 @@ class Prompt(Mapping[str, Any]):
 
     @property
     def rng(self) -> random.Random:
-        """Randomness for this rollout: the same for the same seed, epoch, row and rollout index."""
+        """Randomness for this rollout: the same for the same seed, epoch, row and rollout index; another one in an
+        evaluation, so that a world made from it is none that is trained in."""
         if self._rng is None:
-            self._rng = random.Random(f"{self._seed}/{self.epoch}/{self.index}/{self.rollout_index}")
+            world = f"{self._seed}/{self.epoch}/{self.index}/{self.rollout_index}"
+            self._rng = random.Random(f"{world}/evaluation" if self.evaluation else world)
         return self._rng
 
     @property

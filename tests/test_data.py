@@ -127,3 +127,4 @@ class TestPrompt:
         assert first == self.prompt({}, seed=1, rollout_index=2).rng.random()
         assert first != self.prompt({}, seed=1, rollout_index=3).rng.random()
         assert first != self.prompt({}, seed=1, rollout_index=2, epoch=1).rng.random()
+        assert first != self.prompt({}, seed=1, rollout_index=2, evaluation=True).rng.random()

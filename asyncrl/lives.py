@@ -17,7 +17,7 @@ from asyncrl.data import Rows, fingerprint
 from asyncrl.errors import CheckpointError, ConfigError
 from asyncrl.metrics.rewind import rewind
 from asyncrl.storage.checkpoints import NAME, Checkpoint, Checkpoints, resolve
-from asyncrl.storage.folder import RunFolder
+from asyncrl.storage.folder import RunFolder, full_disk_named
 from asyncrl.storage.ledger_file import Bounds, LedgerStore
 
 Resume = bool | str | Path
@@ -65,7 +65,7 @@ def open_life(config: Config, rows: Rows, resume: Resume) -> Iterator[Life]:
     config = _settled(config, checkpoint, root)
     goes_on = bool(resume) and root is not None and RunFolder(root).exists()
     folder = RunFolder(root.absolute(), config.export_name) if goes_on and root else RunFolder.create(config)
-    with folder.lock():
+    with full_disk_named(folder.root), folder.lock():
         position = checkpoint.state()["loop"]["ledger"]["position"] if checkpoint is not None else 0
         store = LedgerStore.open(
             folder.ledger, resumed_at=position if goes_on else None, bounds=Bounds.of(config, len(rows))
@@ -75,7 +75,7 @@ def open_life(config: Config, rows: Rows, resume: Resume) -> Iterator[Life]:
             if goes_on:
                 folder.begin_life(config, life.number)
                 Checkpoints(folder.root).go_on_from(checkpoint, life.number)
-                rewind(folder.root, *_known(checkpoint))
+            rewind(folder.root, *_known(checkpoint))  # of a new run too: of one that failed here before its first step
             yield life
         finally:
             store.close()

@@ -44,7 +44,7 @@ def rewind(folder: Path, step: int | None, evaluated: Collection[int] | None = N
         return evaluated is None or not measured or record[axis] in evaluated
 
     for name, axis in AXES.items():
-        if (folder / name).exists():
+        if (folder / name).is_file() and (folder / name).stat().st_size:
             _take_back(folder / name, folder / "logs" / "undone" / name, partial(stays, axis))
 
 

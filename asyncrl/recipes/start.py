@@ -15,7 +15,7 @@ from asyncrl.metrics.rewind import rewind
 from asyncrl.recipes.mapping import in_these_words
 from asyncrl.recipes.settings import SupervisedConfig
 from asyncrl.storage.checkpoints import Checkpoint, Checkpoints, resolve
-from asyncrl.storage.folder import RunFolder
+from asyncrl.storage.folder import RunFolder, full_disk_named
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +77,12 @@ def _start(
         state = checkpoint.state()
     else:
         state = _beginning(engine)
-    if not resume or root is None or not RunFolder(root).exists():
-        folder, life = RunFolder.create(engine, config), 0
-        stack.enter_context(folder.lock())
-    else:
-        folder = RunFolder(root.absolute(), engine.export_name)
-        stack.enter_context(folder.lock())
+    goes_on = bool(resume) and root is not None and RunFolder(root).exists()
+    folder = RunFolder(root.absolute(), engine.export_name) if goes_on and root else RunFolder.create(engine, config)
+    stack.enter_context(full_disk_named(folder.root))
+    stack.enter_context(folder.lock())
+    life = 0
+    if goes_on:
         life = 1 + len(list(folder.logs.glob("environment.life-*.json")))
         folder.begin_life(config, life)
         Checkpoints(folder.root).go_on_from(checkpoint, life)

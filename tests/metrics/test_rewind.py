@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from asyncrl.config import Config
+from asyncrl.lives import open_life
 from asyncrl.metrics.rewind import AXES, rewind
 from asyncrl.metrics.sinks import open_sinks
 
@@ -49,3 +50,14 @@ def test_a_run_that_goes_on_has_each_step_once(tmp_path: Path) -> None:
             assert [record["step"] for record in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
             assert [record["eval_version"] for record in lines(tmp_path / "evaluations.jsonl")] == [5]
     assert [record["step"] for record in lines(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_a_new_run_in_the_folder_of_one_that_failed_early_has_its_own_records_alone(tmp_path: Path) -> None:
+    """It had rolled out, and failed in its first optimizer step."""
+    config, rows = Config(model="m", run_dir=tmp_path / "run"), [{"n": 1}]
+    with open_life(config, rows, False) as life:
+        (life.folder.root / "producer.jsonl").write_text('{"rollout_step": 1}\n')
+        life.folder.metrics.touch()
+    with open_life(config, rows, False) as life:
+        assert (life.folder.root / "producer.jsonl").read_text() == ""
+        assert lines(life.folder.logs / "undone" / "producer.jsonl") == [{"rollout_step": 1}]

@@ -57,6 +57,12 @@ def log_ratio(above: Tensor, below: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, above - below, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
+def _sequence_log_ratio(above: Tensor, below: Tensor, inputs: LossInputs) -> Tensor:
+    """As `log_ratio`, the mean over a sequence's loss tokens, given to each of them. [N]"""
+    means = torch.where(inputs.loss_mask, sequence_means(above - below, inputs), 0.0)
+    return means.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
 def importance_ratio(inputs: LossInputs) -> Tensor:
     """r = pi / old, with gradient. 1 behind the mask. [N]"""
     return log_ratio(inputs.logprobs, inputs.old_logprobs, inputs.loss_mask).exp()
@@ -67,9 +73,7 @@ def sequence_ratio(inputs: LossInputs) -> Tensor:
 
     1 behind the mask. arXiv:2507.18071, eq. 7.
     """
-    difference = torch.where(inputs.loss_mask, inputs.logprobs - inputs.old_logprobs, 0.0)  # [N]
-    means = torch.where(inputs.loss_mask, sequence_means(difference, inputs), 0.0)
-    return means.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return _sequence_log_ratio(inputs.logprobs, inputs.old_logprobs, inputs).exp()
 
 
 def k3(log_p: Tensor, log_q: Tensor, mask: Tensor) -> Tensor:
@@ -83,10 +87,10 @@ def k3(log_p: Tensor, log_q: Tensor, mask: Tensor) -> Tensor:
 
 def raw_tis_weights(inputs: LossInputs, level: Literal["token", "sequence"]) -> Tensor:
     """old / behaviour before any cap, without gradient. 1 behind the mask. [N]"""
-    difference = torch.where(inputs.loss_mask, inputs.old_logprobs - inputs.behavior_logprobs, 0.0).detach()
+    old, behavior = inputs.old_logprobs.detach(), inputs.behavior_logprobs.detach()
     if level == "sequence":
-        difference = torch.where(inputs.loss_mask, sequence_means(difference, inputs), 0.0)
-    return difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        return _sequence_log_ratio(old, behavior, inputs).exp()
+    return log_ratio(old, behavior, inputs.loss_mask).exp()
 
 
 def tis_weights(inputs: LossInputs, tis: TIS | None) -> Tensor:

@@ -70,11 +70,10 @@ class Accumulator:
 
     def loss(self, normalization: Normalization) -> float:
         """The loss over the whole batch."""
-        total = float(torch.stack(self.losses).sum()) if self.losses else 0.0
-        return total / self.denominator(normalization)
+        return float(torch.stack(self.losses).sum()) / self.denominator(normalization)
 
     def report(self, normalization: Normalization) -> dict[str, float]:
-        """Metrics of the batch by name."""
+        """Metrics of the batch by name. It must hold something."""
         return {
             "loss": self.loss(normalization),
             "train_tokens": float(self.train_tokens),
@@ -83,7 +82,7 @@ class Accumulator:
             "loss_tokens": float(self.counts.loss_tokens),
             "sequences": float(self.sequences),
             "microbatches": float(self.microbatches),
-            "pack_efficiency": self.row_tokens / self.padded_tokens if self.padded_tokens else 1.0,
+            "pack_efficiency": self.row_tokens / self.padded_tokens,
             **{f"{phase}_s": seconds for phase, seconds in self.seconds.items()},
             **({} if self.metrics is None else self.metrics.means()),
         }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 SECRET_NAME = re.compile(r"(?:^|[-_.])(?:key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
 """How a variable or an option is called that holds one: `OPENAI_API_KEY`, `--hf-token`."""
@@ -22,6 +24,21 @@ _KEYS = tuple(re.compile(rf"{start}[\w-]{{16,}}") for start in ("sk-", "hf_", "g
 def private(path: str, flags: int) -> int:
     """The `opener` of `open` for files that only their user may read, whatever the umask says."""
     return os.open(path, flags, 0o600)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Such a file, whole or not at all: a reader never sees half of it, nor does a power cut leave that."""
+    beside = path.with_name(f".{path.name}.unfinished")
+    try:
+        with open(beside, "w", encoding="utf-8", errors="backslashreplace", opener=private) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink()
+        raise
 
 
 def hide_secrets(text: str) -> str:

@@ -15,14 +15,14 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from asyncrl.errors import StallError
-from asyncrl.private import private
+from asyncrl.private import write_private
 from asyncrl.standstill import busy_threads, tasks_report, threads_report, where
 
 LOOKS = 20
@@ -50,7 +50,6 @@ class Phase:
     looks: int = 0
     """In a row that found nothing new."""
     timer: asyncio.TimerHandle | None = None
-
     cancelled: int = 0
     """How often the stall has cancelled it."""
 
@@ -153,7 +152,8 @@ class Watchdog:
         if self.report_file is None:
             return "\n".join(full)
         try:
-            _write(self.report_file, f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, process {os.getpid()}", full)
+            head = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, process {os.getpid()}"
+            write_private(self.report_file, "\n".join([head, "", *full, ""]))
         except OSError as error:  # a full disk, a folder that is gone: then all of it goes where the gist goes
             return "\n".join([*full, "", f"{self.report_file} cannot be written: {error.strerror}"])
         return "\n".join([*gist, f"all tasks and threads: {self.report_file}"])
@@ -169,18 +169,3 @@ class Watchdog:
             except Exception as error:  # what is broken enough to stall may be too broken to be described
                 yield f"it cannot be described: {error!r}"
         yield from busy_threads()
-
-
-def _write(path: Path, head: str, lines: list[str]) -> None:
-    """Whole or not at all."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(new, "w", encoding="utf-8", opener=private) as file:
-            file.write("\n".join([head, "", *lines, ""]))
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    except OSError:
-        with suppress(OSError):
-            new.unlink()
-        raise

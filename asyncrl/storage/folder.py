@@ -39,7 +39,7 @@ from pydantic import BaseModel
 from asyncrl.config import Config
 from asyncrl.errors import ConfigError, EngineError
 from asyncrl.metrics.jsonl import encode
-from asyncrl.private import hide_secrets, private
+from asyncrl.private import hide_secrets, private, write_private
 from asyncrl.storage.environment import environment
 from asyncrl.types import Group
 
@@ -127,7 +127,7 @@ class RunFolder:
             folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.logs.mkdir(mode=0o700, exist_ok=True)
             with folder.lock():
-                _write(folder.config, config_toml(settings or config))
+                write_private(folder.config, config_toml(settings or config))
                 write_json(folder.environment, environment())
         except OSError as error:
             raise ConfigError(
@@ -178,7 +178,7 @@ class RunFolder:
         for path in (self.config, self.environment, self.summary):
             if path.exists():
                 shutil.copy2(path, self.logs / f"{path.stem}.life-{number - 1}{path.suffix}")
-        _write(self.config, config_toml(settings))
+        write_private(self.config, config_toml(settings))
         write_json(self.environment, environment())
         self.summary.unlink(missing_ok=True)
 
@@ -212,7 +212,7 @@ class RunFolder:
         return path
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write `summary.json`; a reader never sees half of it."""
+        """Write `summary.json`."""
         write_json(self.summary, summary)
 
 
@@ -268,12 +268,4 @@ def _new_name() -> Path:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Indented for readers. NaN becomes null."""
-    _write(path, hide_secrets(json.dumps(json.loads(encode(value)), indent=2, ensure_ascii=False)) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Beside it and renamed: a reader never sees half of it."""
-    beside = path.with_suffix(".tmp")
-    with open(beside, "w", encoding="utf-8", errors="backslashreplace", opener=private) as file:
-        file.write(text)
-    beside.replace(path)
+    write_private(path, hide_secrets(json.dumps(json.loads(encode(value)), indent=2, ensure_ascii=False)) + "\n")

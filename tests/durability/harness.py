@@ -36,7 +36,7 @@ ORPHANS_END_S = 30.0
 """A server that has lost its owner may take this long to end."""
 ENDS = ("trained", "filtered", "rejected")
 SAME_METRICS = ("loss", "grad_norm", "learning_rate", "reward_trained_mean", "train_tokens")
-LEFT_BEHIND = ("checkpoints/.*", "weights", "*.tmp")
+LEFT_BEHIND = ("checkpoints/.*", "weights", ".*.unfinished")
 """Of a run that has ended, nothing of these may be there."""
 
 

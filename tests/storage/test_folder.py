@@ -104,7 +104,7 @@ def test_summary_is_readable_json(tmp_path: Path) -> None:
     folder = RunFolder.create(Config(model="m", run_dir=tmp_path / "run"))
     folder.write_summary({"steps": 3, "loss": float("nan"), "model": folder.model})
     assert json.loads(folder.summary.read_text()) == {"steps": 3, "loss": None, "model": str(folder.model)}
-    assert not list(folder.root.glob("*.tmp"))
+    assert not list(folder.root.glob(".*.unfinished"))
 
 
 def test_two_cannot_work_in_one_folder(tmp_path: Path) -> None:

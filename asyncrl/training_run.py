@@ -72,7 +72,7 @@ class TrainingRun:
         async with self._open() as stack:
             trainer, sampler = await self._open_ends(stack)
             with self.watchdog.phase("loading the checkpoint"):
-                await self._load(trainer)
+                await self._load(trainer, sampler)
             setup = RolloutSetup(config, folder.root, lambda: load_tokenizer(config.model))
             with self.watchdog.phase("opening the rollout function"):
                 function = await stack.enter_async_context(open_rollout(rollout, setup))
@@ -149,14 +149,27 @@ class TrainingRun:
         with self.watchdog.phase("opening the sampler", limit_s=LOAD_LIMIT_S):
             return trainer, await stack.enter_async_context(open_sampler(self.config, self.facts, root))
 
-    async def _load(self, trainer: Trainer) -> None:
+    @property
+    def _bare(self) -> bool:
+        """The run began with the bare model, which the sampler has."""
+        return self.config.lora.warm_start is None and self.config.checkpoint.init_from is None
+
+    @property
+    def _keeps_first(self) -> bool:
+        """The sampler keeps the weights that the run began with, and the trainer has left them behind."""
+        return self.life.checkpoint is not None and not self.config.publish.weight_sync_interval
+
+    async def _load(self, trainer: Trainer, sampler: Sampler) -> None:
         """Bring the trainer to where the run, or another one, had come."""
         resumed, first = self.life.checkpoint, self.config.checkpoint.init_from
-        if first is not None and (resumed is None or self.config.kl_beta):  # a KL refers to them all along
+        # A KL refers to them all along, and so may the sampler.
+        if first is not None and (resumed is None or self.config.kl_beta or self._keeps_first):
             source = resolve(first, self.life.folder.root.parent)
             await trainer.load_state(source.trainer)
             if resumed is None:
                 self.live.note(f"weights: those of {source.folder}; the optimizer starts anew")
+        if self._keeps_first and not self._bare:
+            await sampler.publish(await trainer.save_weights_for_sampler())
         if resumed is not None:
             step = await trainer.load_state_with_optimizer(resumed.trainer)
             assert step == self.life.step, f"{resumed.folder} holds the weights of step {step}"
@@ -282,19 +295,14 @@ class TrainingRun:
     # What is done
 
     async def _bring_in_step(self, engine: Engine, trainer: Trainer) -> None:
-        """Sampler, trainer and loop stand at the same step; the canary looks whether both ends hold the same model.
-
-        What the trainer did not start from the bare model is not in the sampler until it is loaded there.
-        """
-        config, life = self.config, self.life
-        fresh = life.checkpoint is None and config.lora.warm_start is None and config.checkpoint.init_from is None
-        keeps_base = life.checkpoint is not None and not config.publish.weight_sync_interval
-        if not fresh and not keeps_base:
-            await engine.publication.hot_load(await trainer.save_weights_for_sampler())
-        if not keeps_base:
+        """Sampler, trainer and loop stand at the same step; the canary looks whether both ends hold the same model."""
+        life = self.life
+        if life.checkpoint is None and self._bare:
             tokens = tuple((7 * i + 3) % self.facts.vocabulary for i in range(PROBE_TOKENS))
             logprobs = (await trainer.forward([tokens]))[0]
-            await engine.publication.check_canary(Probe(tokens, tuple(logprobs)), life.step)
+            await engine.publication.check_canary(Probe(tokens, tuple(logprobs)), version=0)
+        elif not self._keeps_first:
+            await engine.publication.hot_load(await trainer.save_weights_for_sampler())
         if life.checkpoint is not None:
             state = await asyncio.to_thread(load_state, life.checkpoint)
             restore(engine, state)

@@ -74,6 +74,17 @@ def test_the_first_rollouts_are_drawn_from_the_adapter(
     assert json.loads((result.model_dir / "adapter_config.json").read_text())["r"] == 4
 
 
+def test_a_sampler_that_keeps_the_adapter_keeps_it_in_the_next_life(adapter: Path, make_config: MakeConfig) -> None:
+    """Weights are never synchronised: the sampler draws from those that the run began with, also after a resume."""
+    settings = {"publish": {"weight_sync_interval": 0}, "staleness": {"policy": "pace", "max_staleness": 2}}
+    for steps, resume in ((1, False), (2, True)):
+        config = make_config(lora={"warm_start": adapter}, max_steps=steps, **settings)
+        run = asyncrl.train(rollout, dataset=ROWS, config=config, resume=resume, view="quiet").run_dir
+    rewards = [json.loads(line)["reward_mean"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(rewards) == 2
+    assert min(rewards) > 0.8
+
+
 def test_without_it_the_base_model_would_do_worse(adapter: Path, make_config: MakeConfig) -> None:
     """An evaluation of a config with a warm start measures that start; the base model alone knows nothing of it."""
     base = asyncrl.evaluate(rollout, dataset=ROWS, config=make_config())

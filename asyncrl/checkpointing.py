@@ -98,8 +98,7 @@ class Checkpointer:
         Raises:
             EngineError: the one before did not come to the disk within `checkpoint.timeout_s`.
         """
-        if self._writes:
-            await self._written()
+        await self.written()
         self._due = False
         self._began_at = self._last_at = time.monotonic()
         about = {**self.about(), "life": self.life}  # as it is now, not when the disk is done
@@ -121,26 +120,27 @@ class Checkpointer:
         Raises:
             EngineError: as `save`.
         """
-        await self._written()
+        await self.written()
         if self.last is None or self.last.step != state.step or len(state.groups) > self._waiting:
             await self.save(state, reason)
-            await self._written()
-
-    async def close(self) -> None:
-        """Wait for what is being written."""
-        await self._written()
+            await self.written()
 
     def raise_failure(self) -> None:
         if self._task is not None and self._task.done():
             self._task.result()
 
-    async def _written(self) -> None:
+    async def written(self) -> None:
+        """Wait for the one that is being written.
+
+        Raises:
+            EngineError: it did not come to the disk within `checkpoint.timeout_s`.
+        """
         if self._task is None:
             return
         left_s = max(0.0, self._began_at + self.config.timeout_s - time.monotonic())
         done, _ = await asyncio.wait([self._task], timeout=left_s)
         if not done:  # it stays the one that is written: nothing else can be, and each wait for it ends here
-            raise self._too_slow()
+            raise too_slow(self.folder, self.config)
         self._task.result()
 
     async def _write(
@@ -161,7 +161,7 @@ class Checkpointer:
                 "groups_waiting": len(state.groups),
                 "ledger_position": state.loop["ledger"]["position"],
             }
-            self.last = await self._on_disk(self._commit, state.step, entry)
+            self.last = await self._on_disk(commit, self.folder, self.config, state.step, entry)
             self._waiting = len(state.groups)
         except OSError as error:
             self._given_up(state.step, error)
@@ -179,30 +179,43 @@ class Checkpointer:
         outcome = await self._threads.run(partial(call, *arguments), "a checkpoint", 2 * self.config.timeout_s)
         return outcome.unwrap()
 
-    def _commit(self, step: int, entry: Mapping[str, Any]) -> Checkpoint:
-        committed = self.folder.commit(step, entry)
-        try:
-            self.folder.prune(self.config.keep_last, self.config.keep_every)
-        except OSError as error:  # it is there, whatever becomes of the old ones
-            log.warning("old checkpoints could not be removed", error=repr(error))
-        return committed
-
     def _given_up(self, step: int, error: OSError) -> None:
-        """Not fatal while the run folder is there: the last good one stays."""
-        self.folder.abandon(step)
-        if not self.folder.run.is_dir():
-            raise EngineError(
-                f"the run folder {self.folder.run} is gone, so nothing of this run could be kept."
-            ) from error
-        kept = f"the newest is that of step {self.last.step}" if self.last is not None else "there is none yet"
-        log.error("a checkpoint could not be written", step=step, error=repr(error))
-        self.say(f"warning: the checkpoint of step {step} could not be written ({error.strerror or error}); {kept}")
+        self.say(given_up(self.folder, step, error, self.last.step if self.last is not None else None))
 
-    def _too_slow(self) -> EngineError:
-        return EngineError(
-            f"a checkpoint was not on the disk after checkpoint.timeout_s={self.config.timeout_s:g} s. "
-            f"Is the disk of {self.folder.run} all right? A slow one needs a higher limit."
-        )
+
+# How one ends, with or without an event loop
+
+
+def commit(folder: Checkpoints, config: CheckpointConfig, step: int, entry: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint of `step` is on the disk: give it its name, and remove old ones. Blocks."""
+    committed = folder.commit(step, entry)
+    try:
+        folder.prune(config.keep_last, config.keep_every)
+    except OSError as error:  # it is there, whatever becomes of the old ones
+        log.warning("old checkpoints could not be removed", error=repr(error))
+    return committed
+
+
+def given_up(folder: Checkpoints, step: int, error: OSError, last_step: int | None) -> str:
+    """The disk did not take the checkpoint of `step`. Not fatal while the run folder is there: the last good one, that
+    of `last_step`, stays. Returns what the user should know.
+
+    Raises:
+        EngineError: the run folder is gone.
+    """
+    folder.abandon(step)
+    if not folder.run.is_dir():
+        raise EngineError(f"the run folder {folder.run} is gone, so nothing of this run could be kept.") from error
+    log.error("a checkpoint could not be written", step=step, error=repr(error))
+    kept = f"the newest is that of step {last_step}" if last_step is not None else "there is none yet"
+    return f"warning: the checkpoint of step {step} could not be written ({error.strerror or error}); {kept}"
+
+
+def too_slow(folder: Checkpoints, config: CheckpointConfig) -> EngineError:
+    return EngineError(
+        f"a checkpoint was not on the disk after checkpoint.timeout_s={config.timeout_s:g} s. "
+        f"Is the disk of {folder.run} all right? A slow one needs a higher limit."
+    )
 
 
 def _write_loop(state: RunState, about: Mapping[str, Any], unfinished: Path) -> None:

@@ -223,7 +223,7 @@ class TrainingRun:
 
     def _checkpointer(self, engine: Engine, trainer: Trainer, evaluations: Evaluations) -> Checkpointer:
         config, life = self.config, self.life
-        if not config.checkpoint.interval and config.checkpoint.interval is not None:
+        if config.checkpoint.interval == 0:
             self.live.note(
                 "warning: checkpoint.interval is 0, so no checkpoint is written on the way: a run that is killed "
                 "cannot be resumed."
@@ -351,13 +351,16 @@ class TrainingRun:
             with calm_collector():
                 await engine.run()
         finally:
+            failed = sys.exc_info()[0] is not None
             evaluations.training_is_over()
-            self._end_producer(engine)
             try:
-                await self._keep(engine, trainer, failed=sys.exc_info()[0] is not None)
+                self._end_producer(engine)  # to the disk, which may be full
             finally:
-                self.interrupt.stop = None
-                engine.ledger.close()
+                try:
+                    await self._keep(engine, trainer, failed=failed)
+                finally:
+                    self.interrupt.stop = None
+                    engine.ledger.close()
         return time.monotonic() - began
 
     def _end_producer(self, engine: Engine) -> None:
@@ -388,7 +391,7 @@ class TrainingRun:
         if self.config.checkpoint.final and engine.step:
             await checkpoints.finish(engine.capture(), "failure" if failed else "final")
         else:
-            await checkpoints.close()
+            await checkpoints.written()
         if failed and checkpoints.last is not None:
             self.live.note(f"the run failed; it can be resumed from {checkpoints.last.folder}")
 

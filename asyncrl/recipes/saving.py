@@ -15,9 +15,9 @@ from typing import Any
 
 import structlog
 
-from asyncrl.checkpointing import Reason, is_due
+from asyncrl.checkpointing import Reason, commit, given_up, is_due, too_slow
 from asyncrl.config import CheckpointConfig
-from asyncrl.errors import EngineError, TrainerError
+from asyncrl.errors import TrainerError
 from asyncrl.metrics.jsonl import encode
 from asyncrl.storage.checkpoints import Checkpoints, write_file
 
@@ -93,14 +93,9 @@ class Saver:
         writing, self._writing = self._writing, None
         try:
             writing.written.result(max(0.0, writing.began + self.config.timeout_s - time.monotonic()))
-            self.folder.commit(writing.step, {"reason": writing.reason, "life": self.life})
-            self.folder.prune(self.config.keep_last, self.config.keep_every)
+            commit(self.folder, self.config, writing.step, {"reason": writing.reason, "life": self.life})
         except TimeoutError:  # before OSError, which it is too
-            raise EngineError(
-                f"the checkpoint of step {writing.step} was not on the disk after checkpoint.timeout_s="
-                f"{self.config.timeout_s:g} s. Is the disk of {self.folder.run} all right? A slow one needs a higher "
-                "limit."
-            ) from None
+            raise too_slow(self.folder, self.config) from None
         except TrainerError:
             self.folder.abandon(writing.step)
             raise
@@ -112,10 +107,4 @@ class Saver:
             log.info("checkpoint", step=writing.step, seconds=seconds, stood_still_s=round(self._stood_still_s, 4))
 
     def _given_up(self, step: int, error: OSError) -> None:
-        """Not fatal while the run folder is there: the last good one stays."""
-        self.folder.abandon(step)
-        if not self.folder.run.is_dir():
-            raise EngineError(f"the run folder {self.folder.run} is gone: nothing of the run is kept.") from error
-        kept = f"the newest is that of step {self.last_step}" if self.last_step is not None else "there is none yet"
-        log.error("a checkpoint could not be written", step=step, error=repr(error))
-        self.say(f"warning: the checkpoint of step {step} could not be written ({error.strerror or error}); {kept}")
+        self.say(given_up(self.folder, step, error, self.last_step))

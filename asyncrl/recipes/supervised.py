@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from asyncrl.checkpointing import Reason
 from asyncrl.config import Config as EngineConfig
 from asyncrl.data import Cursor, Rows, load_rows
 from asyncrl.errors import AsyncRLError, ConfigError, StepFailed
@@ -259,18 +260,22 @@ class _Run:
             except BaseException:
                 self._save_after_failure(learner, saver)
                 raise
-            saver.finish(self.step, self._state, "final")
-            if self.engine.save_model and (self.step or stop.requested):
-                learner.save(folder.model)
+            if self.step or stop.requested:
+                self._save(learner, saver, "final")
+
+    def _save(self, learner: Learner, saver: Saver, reason: Reason) -> None:
+        try:
+            saver.finish(self.step, self._state, reason)
+        finally:  # a disk that is too slow for the checkpoint may be good enough for the model
+            if self.engine.save_model:
+                learner.save(self.start.folder.model)
 
     def _save_after_failure(self, learner: Learner, saver: Saver) -> None:
         """What can be saved still. That it cannot is said, and is not what the run ends with."""
         if not self.step:
             return
         try:
-            saver.finish(self.step, self._state, "failure")
-            if self.engine.save_model:
-                learner.save(self.start.folder.model)
+            self._save(learner, saver, "failure")
         except (AsyncRLError, OSError) as error:
             self.shown.note(f"warning: not all could be saved after the failure: {error}")
 

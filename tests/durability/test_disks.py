@@ -30,10 +30,12 @@ from asyncrl import checkpointing
 from asyncrl.checkpointing import load_state
 from asyncrl.config import Config
 from asyncrl.errors import AsyncRLError, EngineError
+from asyncrl.metrics.producer import Producer
 from asyncrl.result import TrainResult
 from asyncrl.run import train_async
 from asyncrl.storage.audit_run import audit_run
 from asyncrl.storage.checkpoints import Checkpoints
+from asyncrl.storage.folder import RunFolder
 from asyncrl.testing.fakes import CountingTrainer, ScriptedSampler
 from asyncrl.types import Weights
 from tests.conftest import SMALL
@@ -46,6 +48,10 @@ NO_ROOM = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 async def rollout(prompt: asyncrl.Prompt) -> asyncrl.RolloutSample:
     completion = await prompt.policy.generate([1, 2], max_tokens=4)
     return asyncrl.RolloutSample.from_completion([1, 2], completion, prompt.rng.random(), row=prompt["n"])
+
+
+def full(*arguments: Any) -> None:
+    raise NO_ROOM
 
 
 def writes_checkpoint(task: asyncio.Task[Any]) -> bool:
@@ -344,6 +350,33 @@ async def test_what_was_trained_is_kept_when_weights_cannot_be_written(
     ends.before_step, ends.saving_model, ends.publishing = lambda step: None, None, None
     shutil.rmtree(folder / "model", ignore_errors=True)
     await assert_goes_on(train, folder, 9)
+
+
+async def test_a_disk_too_full_for_the_summary_is_one_clear_error(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "write_summary", full)
+        with pytest.raises(EngineError, match=rf"{folder}.*cannot be written: No space left"):
+            await train(folder, 3)
+    assert newest(folder) == 3
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "begin_life", full)
+        with pytest.raises(EngineError, match=rf"{folder}.*cannot be written: No space left"):
+            await train(folder, 5, resume=True)
+    await assert_goes_on(train, folder, 5)
+
+
+async def test_what_was_trained_is_kept_when_the_last_records_cannot_be_written(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    monkeypatch.setattr(Producer, "close", full)
+    with pytest.raises(EngineError, match=rf"{folder}.*cannot be written: No space left"):
+        await train(folder, 3, checkpoint={"interval": 0})
+    assert newest(folder) == 3
+    assert (folder / "model").is_dir()
 
 
 @pytest.fixture

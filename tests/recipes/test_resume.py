@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -307,6 +308,29 @@ def test_a_disk_that_is_full_costs_a_checkpoint_and_not_the_run(
     assert (
         "warning: the checkpoint of step 2 could not be written (No space left on device); the newest is that" in said
     )
+
+
+def test_old_checkpoints_that_cannot_be_removed_cost_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*arguments: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Checkpoints, "prune", fails)
+    result = sft_loop.main(sft_loop.Config(**settings(model, tmp_path / "run")), chats(10))
+    assert len(names(result.run_dir)) == STEPS
+    said = capsys.readouterr()
+    assert "could not be written" not in said.out
+    assert "old checkpoints could not be removed" in said.err
+
+
+def test_a_disk_too_slow_for_the_last_checkpoint_costs_no_model(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TorchTrainer, "begin_save_state", lambda self, folder: Future())
+    with pytest.raises(EngineError, match=r"not on the disk after checkpoint.timeout_s=0.2 s"):
+        train(sft_loop, settings(model, tmp_path / "run", dcp_save_interval=0, dcp_timeout=0.2))
+    assert weights(tmp_path / "run" / "model")
 
 
 def test_a_disk_that_is_full_for_all_is_one_clear_error(

@@ -368,7 +368,9 @@ class Engine:
 
     def _marks(self) -> tuple[Any, ...]:
         """What changes when something moves."""
-        return (self.scheduler.finished_rollouts, self.step, self.published, self.phase, self.account.generated)
+        scheduler = self.scheduler
+        ended = scheduler.finished_rollouts + scheduler.counts.retried
+        return (ended, self.step, self.published, self.phase, self.account.generated)
 
     def describe(self, now: float) -> list[str]:
         """Who waits for what, since when."""

@@ -166,6 +166,24 @@ def test_a_stall_names_who_waits_for_what() -> None:
     assert "staleness budget: 0 of 4 groups free" in message
 
 
+def test_rollouts_that_are_drawn_again_are_no_standstill() -> None:
+    """Each try has `rollout.timeout_s`, and `stall_timeout_s` is above that: not above all tries together."""
+
+    async def hangs(prompt: Prompt) -> None:
+        await asyncio.sleep(1e6)
+
+    engine = engine_of(
+        ScriptedSampler(),
+        CountingTrainer(),
+        rows=1,
+        work=hangs,
+        rollout={"timeout_s": 10.0, "retries": 3},
+        stall_timeout_s=15.0,
+    )
+    run_virtual(engine.run())
+    assert engine.ledger.ends["rejected"] == 1
+
+
 def test_a_stop_during_training_ends_cleanly() -> None:
     sampler, trainer = ScriptedSampler(latency_s=slow), CountingTrainer(step_s=lambda: 3.0)
 

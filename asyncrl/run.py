@@ -164,11 +164,11 @@ async def evaluate_async(
     config, adapter = split_adapter(config)
     logs = Path(config.run_dir or ".") / "evaluation"
     setup = RolloutSetup(config, logs, lambda: load_tokenizer(config.model))
-    ended: Counter[str] = Counter()
+    moves: Counter[str] = Counter()
     watchdog = Watchdog(config.stall_timeout_s)
     with (
         LastResort(watchdog, interrupt or Interrupt(), config.stop_timeout_s),
-        watchdog.phase("evaluating", marks=lambda: ended["rollouts"]),
+        watchdog.phase("evaluating", marks=moves.total),
     ):
         async with AsyncExitStack() as stack:
             facts = await asyncio.to_thread(read_facts, config.model, config.max_seq_len)
@@ -182,7 +182,8 @@ async def evaluate_async(
                 rows,
                 samples or config.evaluation.samples,
                 room=anyio.Semaphore(concurrency_alone(config)),
-                on_end=lambda: ended.update(rollouts=1),
+                on_end=lambda: moves.update(ended=1),
+                on_retry=lambda: moves.update(retried=1),
             )
 
 

@@ -321,7 +321,7 @@ class TrainingRun:
     ) -> Evaluated | None:
         if self.interrupt.requested:
             return None
-        with self.watchdog.phase("evaluation", marks=evaluations.gauges):
+        with self.watchdog.phase("evaluation", marks=evaluations.marks):
             return await measure()
 
     async def _evaluate_after(self, evaluations: Evaluations) -> Evaluated | None:

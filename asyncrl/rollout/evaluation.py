@@ -55,15 +55,19 @@ class Evaluator:
         room: Room,
         version: int | None = None,
         on_end: Callable[[], None] = lambda: None,
+        on_retry: Callable[[], None] = lambda: None,
     ) -> EvalResult:
-        """Roll out every row `samples` times, pinned to `version` where one is given; `on_end` as each rollout ends.
+        """Roll out every row `samples` times, pinned to `version` where one is given.
+
+        `on_end` is called as each rollout ends, `on_retry` as one is drawn again.
 
         Raises:
             RolloutFailed: a rollout failed in a way that trying again would not mend.
             BreakerOpen: an outage.
         """
         now = asyncio.get_running_loop().time()
-        measurement = _Measurement(self, version, now, EvalResult(), FailurePolicy(self.settings), Breaker())
+        failures = FailurePolicy(self.settings)
+        measurement = _Measurement(self, version, now, EvalResult(), failures, Breaker(), on_end, on_retry)
         try:
             async with anyio.create_task_group() as tasks:
                 for index in range(len(rows)):
@@ -71,7 +75,7 @@ class Evaluator:
                     for sample in range(samples):
                         # All wait at once: whoever comes back for one more slot at a time gets none of those that
                         # come free together.
-                        tasks.start_soon(measurement.one, rows, index, sample, room, on_end)
+                        tasks.start_soon(measurement.one, rows, index, sample, room)
         except BaseExceptionGroup as group:
             raise first_failure(group) from None
         return measurement.result
@@ -88,8 +92,10 @@ class _Measurement:
     result: EvalResult
     failures: FailurePolicy
     breaker: Breaker
+    on_end: Callable[[], None]
+    on_retry: Callable[[], None]
 
-    async def one(self, rows: Rows, index: int, sample: int, room: Room, on_end: Callable[[], None]) -> None:
+    async def one(self, rows: Rows, index: int, sample: int, room: Room) -> None:
         await room.acquire()
         began = asyncio.get_running_loop().time()
         try:
@@ -102,7 +108,7 @@ class _Measurement:
             self.result.per_row[index].append(run.reward)
             seconds = asyncio.get_running_loop().time() - began
             self.evaluator.on_run(EvaluatedRun(self._version_of(run), index, run, seconds))
-        on_end()
+        self.on_end()
 
     def _version_of(self, run: RolloutRun) -> int:
         """That of the evaluation; without a pin the newest that drew a token."""
@@ -122,6 +128,7 @@ class _Measurement:
             if self._judge(found, index, attempt):
                 return None
             attempt += 1
+            self.on_retry()
             await asyncio.sleep(self.failures.backoff_s(attempt))
 
     async def _attempt(self, rows: Rows, index: int, sample: int, attempt: int) -> RolloutRun | BaseException | None:

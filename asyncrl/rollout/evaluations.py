@@ -35,15 +35,23 @@ class Evaluation:
     """A handle on them, like `prompt.policy`. What it draws takes no slots: it is for a few requests."""
     done: int = 0
     """Rollouts that have ended."""
-    _rollouts: Callable[[Rows, int, Callable[[], None]], Awaitable[EvalResult]] = field(kw_only=True)
+    retried: int = 0
+    """Tries of rollouts that have failed, and were not the last."""
+    _rollouts: Callable[[Rows, int, Callable[[], None], Callable[[], None]], Awaitable[EvalResult]] = field(
+        kw_only=True
+    )
     _moved: Callable[[], None] = field(kw_only=True)
 
     async def rollouts(self, rows: Rows, samples: int = 1) -> EvalResult:
         """The run's own rollout function over `rows`, `samples` times each, in the slots of evaluations."""
-        return await self._rollouts(rows, samples, self._ended)
+        return await self._rollouts(rows, samples, self._ended, self._again)
 
     def _ended(self) -> None:
         self.done += 1
+        self._moved()
+
+    def _again(self) -> None:
+        self.retried += 1
         self._moved()
 
 
@@ -275,8 +283,12 @@ class Evaluations:
                     if not deadline.expired():
                         deadline.reschedule(loop.time() + self.limit_s)
 
-                def rollouts(rows: Rows, samples: int, on_end: Callable[[], None]) -> Awaitable[EvalResult]:
-                    return self.evaluator.run(rows, samples, room=room, version=pinned, on_end=on_end)
+                def rollouts(
+                    rows: Rows, samples: int, on_end: Callable[[], None], on_retry: Callable[[], None]
+                ) -> Awaitable[EvalResult]:
+                    return self.evaluator.run(
+                        rows, samples, room=room, version=pinned, on_end=on_end, on_retry=on_retry
+                    )
 
                 self._current = Evaluation(version, policy, _rollouts=rollouts, _moved=moved)
                 return await self._ask(self._current)
@@ -323,6 +335,11 @@ class Evaluations:
         """That of the highest mean reward, the first of equals."""
         rewarded = [evaluated for evaluated in self.done if evaluated.reward is not None]
         return max(rewarded, key=_mean, default=None)
+
+    def marks(self) -> tuple[int, int, int] | None:
+        """What changes when something moves."""
+        current = self._current
+        return None if current is None else (current.version, current.done, current.retried)
 
     def gauges(self) -> dict[str, float]:
         """What runs now; nothing where none does."""

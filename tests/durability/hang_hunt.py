@@ -162,13 +162,13 @@ async def run(folder: Path, outcome: Outcome) -> None:
             say=lambda text: None,
         )
         try:
-            with engine.watchdog.phase("evaluation", marks=evaluations.gauges):
+            with engine.watchdog.phase("evaluation", marks=evaluations.marks):
                 await evaluations.before()
             await engine.run()
             evaluations.training_is_over()
             with engine.watchdog.phase("saving the checkpoint"):
                 await engine.checkpoints.finish(engine.capture(), "final")
-            with engine.watchdog.phase("evaluation", marks=evaluations.gauges):
+            with engine.watchdog.phase("evaluation", marks=evaluations.marks):
                 await evaluations.after()
             with engine.watchdog.phase("closing what the run had open"):
                 await evaluations.__aexit__(None, None, None)

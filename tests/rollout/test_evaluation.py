@@ -340,6 +340,23 @@ class TestFunctions:
         named = "the evaluation of version 10 has not moved for stall_timeout_s=8 s, after 12 rollouts"
         assert any(named in line for line in scene.said)
 
+    def test_rollouts_that_are_drawn_again_are_no_standstill(self) -> None:
+        """Each try has `rollout.timeout_s`, and `stall_timeout_s` is above that: not above all tries together."""
+        scene = Scene(config(rollout={"timeout_s": 5.0}, stall_timeout_s=8.0, evaluation={}, max_steps=2))
+        whole, begun = scene.rollout, []
+
+        async def hangs(prompt: Prompt) -> RolloutSample:
+            if prompt.evaluation and prompt.index == 3:
+                begun.append(asyncio.get_running_loop().time())
+                await asyncio.Event().wait()
+            return await whole(prompt)
+
+        scene.rollout = hangs  # type: ignore[method-assign]
+        scene.function = evaluation_function(HELD_OUT, None, config().evaluation)
+        scene.run()
+        assert begun[:3] == pytest.approx([0.0, 5.1, 10.3])
+        assert [evaluated.result.failed for evaluated in scene.done if evaluated.result is not None] == [1, 1]
+
     async def test_what_is_evaluated(self) -> None:
         nothing = config(evaluation={}).evaluation
         assert evaluation_function(None, None, nothing) is None

@@ -306,7 +306,7 @@ class Evaluations:
         assert self.function is not None
         try:
             found = await self.function(evaluation)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # asyncio would let the second one end the loop
             if is_ours(error):
                 raise
             raise EvaluationFailed(

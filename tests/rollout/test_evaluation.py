@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -305,6 +306,7 @@ class TestFunctions:
         ("wrong", "message"),
         [
             (lambda: 1 / 0, r"(?s)the evaluation function failed at version 10:.*ZeroDivisionError"),
+            (lambda: sys.exit(3), r"(?s)the evaluation function failed at version 10:.*SystemExit: 3"),
             (lambda: [1, 2], r"the evaluation function returned \[1, 2\]. Expected"),
             (lambda: {"mean": "high"}, r"Expected .* a dict from names to numbers"),
         ],

@@ -191,14 +191,14 @@ class PromptStream:
     Each epoch is shuffled anew from (seed, epoch), so that the order after a resume is the order before it.
     """
 
-    def __init__(self, rows: Rows, config: DataConfig, seed: int, cursor: Cursor | None = None) -> None:
+    def __init__(self, rows: Rows, config: DataConfig, seed: int) -> None:
         self._rows = rows
         self._count = min(len(rows), config.max_rows or len(rows))
         self._epochs = config.epochs
         self._shuffle = config.shuffle
         self._seed = seed
         self._returned: deque[Draw] = deque()
-        self.go_on(cursor or Cursor())
+        self.go_on(Cursor())
 
     @property
     def cursor(self) -> Cursor:
@@ -208,10 +208,6 @@ class PromptStream:
         """Stand where an earlier life of the run stood."""
         self._cursor = cursor
         self._order = self._order_of(cursor.epoch)
-
-    def __len__(self) -> int:
-        """Draws of the whole run."""
-        return self._count * self._epochs
 
     @property
     def exhausted(self) -> bool:

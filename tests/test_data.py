@@ -67,7 +67,7 @@ class TestPromptStream:
     def test_every_row_once_an_epoch(self, count: int, epochs: int, seed: int, shuffle: bool) -> None:
         stream = PromptStream(rows(count), DataConfig(epochs=epochs, shuffle=shuffle), seed)
         found = drain(stream)
-        assert len(found) == len(stream)
+        assert len(found) == count * epochs
         for epoch in range(epochs):
             assert sorted(index for e, index in found if e == epoch) == list(range(count))
 
@@ -77,7 +77,8 @@ class TestPromptStream:
         whole = PromptStream(rows(25), config, seed)
         for _ in range(at):
             whole.draw()
-        again = PromptStream(rows(25), config, seed, cursor=whole.cursor)
+        again = PromptStream(rows(25), config, seed)
+        again.go_on(whole.cursor)
         assert drain(again) == drain(whole)
 
     def test_the_order_is_that_of_the_seed_and_the_epoch(self) -> None:

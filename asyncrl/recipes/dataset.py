@@ -36,7 +36,7 @@ class Encoding:
 
 @dataclass(slots=True)
 class Units:
-    """What a dataset teaches. `random` access is by index into `units`."""
+    """What a dataset teaches."""
 
     units: list[Unit] = field(default_factory=list)
     rows: int = 0

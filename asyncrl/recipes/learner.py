@@ -6,8 +6,9 @@ from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import chain
+from operator import add
 from pathlib import Path
 
 import torch
@@ -154,9 +155,4 @@ def _sequence(example: Example, group: int) -> TrainSequence:
 
 
 def _means(sums: Sequence[MetricSums]) -> dict[str, float]:
-    if not sums:
-        return {}
-    total = sums[0]
-    for part in sums[1:]:
-        total = total + part
-    return total.means()
+    return reduce(add, sums).means() if sums else {}

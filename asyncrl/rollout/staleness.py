@@ -79,14 +79,11 @@ class StalenessBudget:
         self._kept = self.used = used
         self._most = None if ahead is None else used + ahead
 
-    def published(self, version: int) -> int:
-        """Weights of `version` steps are live. Returns how many slots came free."""
-        returned = 0
+    def published(self, version: int) -> None:
+        """Weights of `version` steps are live: the slots of their groups come free."""
         while self._awaiting and self._awaiting[0][0] <= version:
-            returned += self._awaiting.popleft()[1]
-        self.in_use -= returned
+            self.in_use -= self._awaiting.popleft()[1]
         assert self.in_use >= 0
-        return returned
 
 
 Verdict = Literal["train", "mask", "requeue", "drop"]

@@ -192,7 +192,7 @@ class RunFolder:
             files.insert(0, self.config)
         return [file.name for file in files if file.exists() and file.stat().st_size]
 
-    def write_diagnosis(self, step: int, error: str, groups: Sequence[Group]) -> Path:
+    def write_diagnosis(self, step: int, error: str, groups: Sequence[Group]) -> None:
         """What an optimizer step was given that could not be taken."""
         path = self.root / "diagnosis" / f"step-{step:06d}.json"
         path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -209,7 +209,6 @@ class RunFolder:
             for group in groups
         ]
         write_json(path, {"step": step, "error": error, "groups": given})
-        return path
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`."""

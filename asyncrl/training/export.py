@@ -26,7 +26,7 @@ def snapshot(policy: PolicyModel) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in policy.causal_lm.named_parameters()}
 
 
-def write_folder(policy: PolicyModel, folder: Path, dtype: torch.dtype, merge: bool = False) -> Path:
+def write_folder(policy: PolicyModel, folder: Path, dtype: torch.dtype, merge: bool = False) -> None:
     """Write the model in `dtype`, or the adapter, to `folder`: beside it first, then renamed, so that whoever
     sees `folder` sees all of it. An older folder of that name is replaced.
 
@@ -44,7 +44,6 @@ def write_folder(policy: PolicyModel, folder: Path, dtype: torch.dtype, merge: b
     if folder.exists():
         shutil.rmtree(folder)
     unfinished.rename(folder)
-    return folder
 
 
 def prune(folder: Path, newest: int, keep: int) -> None:
@@ -54,15 +53,14 @@ def prune(folder: Path, newest: int, keep: int) -> None:
         shutil.rmtree(folder / f"policy-v{old}")
 
 
-def write_model(policy: PolicyModel, folder: Path, source: str, merge: bool = False) -> Path:
+def write_model(policy: PolicyModel, folder: Path, source: str, merge: bool = False) -> None:
     """As `write_folder` in the dtype of the source checkpoint, with the tokenizer of `source` beside it."""
     write_folder(policy, folder, policy.source_dtype, merge)
     # From a folder without a tokenizer, `transformers` would make an empty one.
     if Path(source).is_dir() and not any(Path(source).glob("*token*")):
         log.warning("tokenizer_not_saved", model=source, because="there is none in the model's folder")
-        return folder
+        return
     AutoTokenizer.from_pretrained(source, **NO_CODE).save_pretrained(folder)
-    return folder
 
 
 def _write_full(policy: PolicyModel, folder: Path, dtype: torch.dtype) -> None:

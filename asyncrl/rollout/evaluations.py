@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,13 @@ class Evaluation:
     """Rollouts that have ended."""
     retried: int = 0
     """Tries of rollouts that have failed, and were not the last."""
-    _rollouts: Callable[[Rows, int, Callable[[], None], Callable[[], None]], Awaitable[EvalResult]] = field(
-        kw_only=True
-    )
+    _rollouts: Callable[..., Awaitable[EvalResult]] = field(kw_only=True)
+    """`Evaluator.run`, of this version."""
     _moved: Callable[[], None] = field(kw_only=True)
 
     async def rollouts(self, rows: Rows, samples: int = 1) -> EvalResult:
         """The run's own rollout function over `rows`, `samples` times each, in the slots of evaluations."""
-        return await self._rollouts(rows, samples, self._ended, self._again)
+        return await self._rollouts(rows, samples, on_end=self._ended, on_retry=self._again)
 
     def _ended(self) -> None:
         self.done += 1
@@ -283,13 +283,7 @@ class Evaluations:
                     if not deadline.expired():
                         deadline.reschedule(loop.time() + self.limit_s)
 
-                def rollouts(
-                    rows: Rows, samples: int, on_end: Callable[[], None], on_retry: Callable[[], None]
-                ) -> Awaitable[EvalResult]:
-                    return self.evaluator.run(
-                        rows, samples, room=room, version=pinned, on_end=on_end, on_retry=on_retry
-                    )
-
+                rollouts = partial(self.evaluator.run, room=room, version=pinned)
                 self._current = Evaluation(version, policy, _rollouts=rollouts, _moved=moved)
                 return await self._ask(self._current)
         except TimeoutError:

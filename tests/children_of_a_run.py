@@ -23,7 +23,7 @@ def work(hangs: str) -> None:
 async def main(folder: Path) -> None:
     hangs = str(folder / "hangs.py")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
-    guarded = (sys.executable, "-I", "-S", str(GUARD), "0.5", sys.executable, hangs, "server")
+    guarded = (sys.executable, "-I", "-S", str(GUARD), "0.5", "", sys.executable, hangs, "server")
     tied = tethered((sys.executable, hangs, "mcp"), None)
     for command in (guarded, tied):
         await asyncio.create_subprocess_exec(*command, **pipes)  # type: ignore[arg-type]

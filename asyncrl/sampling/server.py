@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -64,16 +66,17 @@ class Server:
         # Appended to: why the process before this one ended is what one wants to read.
         with launch.log.open("ab") as log, anyio.CancelScope(shield=True):  # no process without an owner
             self._log_begins = log.tell()
+            scratch = tempfile.mkdtemp(prefix="vllm-")  # short: the paths of sockets are at most 107 bytes
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", str(GUARD), str(GRACE_S), *launch.argv),
+                *(sys.executable, "-I", "-S", str(GUARD), str(GRACE_S), scratch, *launch.argv),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
-                env={**os.environ, **launch.env},
+                env={**os.environ, **launch.env, "TMPDIR": scratch},
                 start_new_session=True,
             )
         self.launch, self.obituary, self._process, self._ended = launch, None, process, anyio.Event()
-        self._watcher = asyncio.create_task(self._watch(process), name=f"watch {launch.name}")
+        self._watcher = asyncio.create_task(self._watch(process, scratch), name=f"watch {launch.name}")
         logger.info("vllm server starting", server=launch.name, url=launch.url, log=str(launch.log))
 
     @property
@@ -82,12 +85,13 @@ class Server:
         assert self._process is not None
         return self._process.pid
 
-    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+    async def _watch(self, process: asyncio.subprocess.Process, scratch: str) -> None:
         """Consumes the guard's last word, produces `obituary`. Woken by the end of the guard."""
         assert process.stdout is not None
         said = (await process.stdout.read()).decode().strip()
         await process.wait()
         _kill(process.pid)
+        shutil.rmtree(scratch, ignore_errors=True)  # the guard did, unless it was killed
         code = int(said) if said else process.returncode
         self.obituary = self._describe(code if code is not None else -signal.SIGKILL)
         self._ended.set()

@@ -121,7 +121,7 @@ class Runner:
         job.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(job.log, "a", encoding="utf-8", opener=private) as log:
             job.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(GUARD), str(grace_s), *self.command(job.trial)],
+                [sys.executable, "-I", "-S", str(GUARD), str(grace_s), "", *self.command(job.trial)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

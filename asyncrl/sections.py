@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Limit = Literal["length", "context", "max_turns", "total_tokens"]
+LAST_PORT = 65535
 LimitChoice = Literal["stop", "truncate", "error"]
 
 
@@ -168,7 +170,7 @@ class SamplerConfig(Section):
     """Running vLLM servers to use instead of starting some."""
     replicas: PositiveInt = 1
     """vLLM servers to start. Each rollout stays on one of them."""
-    port: NonNegativeInt = 0
+    port: Annotated[int, Field(ge=0, le=LAST_PORT)] = 0
     """First port of the servers that are started; 0 picks free ones."""
     in_flight: Literal["interrupt", "keep", "drain"] = "keep"
     """Full weights only. What a hot-load does to requests in flight: stop them and compute their past again
@@ -194,14 +196,32 @@ class SamplerConfig(Section):
 
     @field_validator("urls")
     @classmethod
-    def _hold_no_password(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+    def _are_servers(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
             if "@" in url.partition("://")[2].partition("/")[0]:
                 raise ValueError(
                     f"sampler.urls: {hide_secrets(url)} holds a user name or a password, which would stand in "
                     "config.toml and in logs. Leave it out, and put the server's key into the variable VLLM_API_KEY."
                 )
+            if not re.fullmatch(r"https?://[^\s/]+(/[^\s?#]*)?", url) or url.rstrip("/").endswith("/v1"):
+                raise ValueError(
+                    f"sampler.urls holds {url!r}. Expected where a server listens, without the path of an API: "
+                    "'http://127.0.0.1:8000'."
+                )
+        if len({url.rstrip("/") for url in urls}) < len(urls):
+            raise ValueError(
+                f"sampler.urls names a server twice: {', '.join(urls)}. Each is one replica: name it once."
+            )
         return urls
+
+    @model_validator(mode="after")
+    def _have_ports(self) -> SamplerConfig:
+        if self.port and self.port + self.replicas - 1 > LAST_PORT:
+            raise ValueError(
+                f"sampler.port is {self.port} and sampler.replicas {self.replicas}: the last replica would need a port "
+                f"above {LAST_PORT}. Lower sampler.port, or set it to 0 to have free ports picked."
+            )
+        return self
 
 
 POLICY_LOSS_NAMES = ("grpo", "importance_sampling", "reinforce", "dapo", "gspo", "gspo_token", "cispo", "dro")

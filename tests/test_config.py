@@ -46,6 +46,11 @@ def with_kl(inputs: LossInputs, *, kl_beta: float) -> torch.Tensor:
         ({"sampling": {"temperature": 0}}, "sampling.temperature is 0: all rollouts of a prompt would be the same"),
         ({"completions_per_prompt": 1}, "completions_per_prompt is 1"),
         ({"lora": {"rank": 8}, "trainer": {"reference_device": "cpu"}}, "with lora.rank the reference is the base"),
+        ({"sampler": {"port": 65536}}, "sampler.port: found 65536"),
+        ({"sampler": {"port": 65535, "replicas": 2}}, "the last replica would need a port above 65535"),
+        ({"sampler": {"urls": ["gpu-1:8000"]}}, "holds 'gpu-1:8000'. Expected where a server listens"),
+        ({"sampler": {"urls": ["http://gpu-1:8000/v1/"]}}, "without the path of an API"),
+        ({"sampler": {"urls": ["http://gpu-1:8000", "http://gpu-1:8000/"]}}, "names a server twice"),
     ],
 )
 def test_refusals(settings: dict[str, Any], words: str) -> None:

@@ -131,8 +131,9 @@ class TrainingRun:
     async def _open_ends(self, stack: AsyncExitStack) -> tuple[Trainer, Sampler]:
         """The trainer first: a GPU that both share must show vLLM what is left."""
         kind, reason = choose_sampler(self.config)
-        self.live.note(f"sampler: {kind} ({reason})")
         root = self.life.folder.root
+        starts = kind == "vllm" and not self.config.sampler.urls
+        self.live.note(f"sampler: {kind} ({reason})" + (f"; its log: {root / 'logs' / 'vllm-0.log'}" if starts else ""))
         published = root / "weights"
         shutil.rmtree(published, ignore_errors=True)  # of a life that was killed
         stack.callback(shutil.rmtree, published, ignore_errors=True)  # what is worth keeping is in model/

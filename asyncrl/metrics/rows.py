@@ -162,7 +162,7 @@ def errors(progress: Progress) -> str:
     """What went wrong since the start; '' where nothing did."""
     parts = [f"{progress.sums[name]:,} {said}" for name, said in ERRORS.items() if progress.sums[name]]
     if lost := progress.now("replicas_lost"):
-        parts.append(f"a replica lost {lost:.0f} times" if lost > 1 else "a replica lost")
+        parts.append(f"a replica lost {lost:.0f} times" if lost > 1 else "a replica lost once")
     return ", ".join(parts)
 
 

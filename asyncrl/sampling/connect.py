@@ -7,6 +7,7 @@ from typing import Any
 
 from asyncrl.errors import SamplerError, SamplerRequestError
 from asyncrl.sampling.endpoint import Endpoint
+from asyncrl.sampling.load import EngineLoad
 from asyncrl.sampling.params import GENERATE_PATH
 
 ANSWER_TIMEOUT_S = 60.0
@@ -25,8 +26,15 @@ async def connect(endpoint: Endpoint, *, lora: bool) -> None:
     A server of somebody else is checked, and cleared of what an earlier run, or this one, left in it.
     Raises `SamplerError` that names the flag that is missing, `SamplerRequestError` when there is no answer.
     """
-    models = (await _get(endpoint, "/v1/models"))["data"]
-    endpoint.model, endpoint.context_tokens = models[0]["root"], models[0]["max_model_len"]
+    answer = await _get(endpoint, "/v1/models")
+    try:
+        models = answer["data"]
+        endpoint.model, endpoint.context_tokens = models[0]["root"], models[0]["max_model_len"]
+    except (KeyError, IndexError, TypeError):
+        raise SamplerError(
+            f"{endpoint.name} is no vLLM server: its /v1/models names no model with `root` and `max_model_len`, but "
+            f"answers {str(answer)[:200]}. Other servers of the OpenAI API cannot be trained with; see docs/vllm.md."
+        ) from None
     if endpoint.server is None:
         await _check_flags(endpoint, lora=lora)
         await _clear(endpoint, [model["id"] for model in models], lora=lora)
@@ -58,7 +66,8 @@ async def _check_flags(endpoint: Endpoint, *, lora: bool) -> None:
     missing = [f"{path} (needs {flag})" for path, flag in needs.items() if path not in paths]
     if missing:
         raise SamplerError(f"{endpoint.name} has no {', no '.join(missing)}. docs/vllm.md has the whole command line.")
-    await endpoint.load()  # raises where the stats are switched off
+    endpoint.counted_from = EngineLoad()
+    endpoint.counted_from = await endpoint.load()  # raises where the stats are switched off
     settings = await _get(endpoint, "/server_info?config_format=json")
     _check_settings(endpoint, settings["vllm_config"], lora=lora)
 

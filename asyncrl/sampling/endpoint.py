@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal, TypeVar
@@ -50,6 +51,8 @@ class Endpoint:
         """What it was started with: a name on the hub, or a folder of its machine; known after `connect`."""
         self.context_tokens = 0
         """Prompt and completion together; known after `connect`."""
+        self.counted_from = EngineLoad()
+        """What the counters of a server of somebody else said when it was connected to: it has served others before."""
         self.repacks = server is not None
         """It has the worker extension `asyncrl.sampling.vllm_worker.HotLoad`."""
         self.replacing = False
@@ -86,7 +89,7 @@ class Endpoint:
             limit = f"within {timeout_s:g} s" if timeout_s is not None else "in time"
             raise SamplerRequestError(f"{self.name} did not answer {path} {limit}") from error
         except aiohttp.ClientError as error:
-            raise Unreachable(f"{self.name}: connection lost during {path}: {error!r}") from error
+            raise Unreachable(f"{self.name}: {_failure(path, error)}") from error
         if status == 200:
             return text
         raise refusal(f"{self.name}: {path}", status, text)
@@ -107,7 +110,7 @@ class Endpoint:
     async def load(self) -> EngineLoad:
         text = await self.get("/metrics", timeout_s=METRICS_TIMEOUT_S)
         try:
-            return read_metrics(text)
+            return read_metrics(text).since(self.counted_from)
         except ValueError as error:
             raise SamplerRequestError(
                 f"{self.name}: {error}. Do not start it with --disable-log-stats.", recoverable=False
@@ -168,6 +171,15 @@ class Endpoint:
     async def set_version(self, label: str) -> None:
         """How the tokens drawn from now on are labelled."""
         await self.post("/update_weight_version", {"new_version": label}, timeout_s=None)
+
+
+def _failure(path: str, error: aiohttp.ClientError) -> str:
+    """In words; aiohttp's own are full of its objects."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        cause = error.os_error
+        why = os.strerror(cause.errno) if isinstance(cause, ConnectionError) and cause.errno else cause.strerror
+        return f"no connection for {path}: {why or cause}"
+    return f"connection lost during {path}: {error or type(error).__name__}"
 
 
 async def all_of(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:

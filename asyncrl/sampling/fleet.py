@@ -166,4 +166,4 @@ class Fleet:
 
 def headline(cause: str, name: str = "") -> str:
     """The first line; without the name that it begins with, where that has been said."""
-    return cause.partition("\n")[0].removeprefix(name).strip()
+    return cause.partition("\n")[0].removeprefix(name).strip(" :")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 RUNNING = "vllm:num_requests_running"
 WAITING = "vllm:num_requests_waiting_by_reason"
@@ -23,6 +23,14 @@ class EngineLoad:
     """0 to 1, of the fullest server."""
     preemptions: int = 0
     generated_tokens: int = 0
+
+    def since(self, begin: EngineLoad) -> EngineLoad:
+        """The same, its counters without what they said at the beginning."""
+        return replace(
+            self,
+            preemptions=max(0, self.preemptions - begin.preemptions),
+            generated_tokens=max(0, self.generated_tokens - begin.generated_tokens),
+        )
 
 
 def read_metrics(text: str) -> EngineLoad:

@@ -6,6 +6,7 @@ The endpoint is `POST /inference/v1/generate` (vLLM >= 0.32 with `--enable-scale
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -155,7 +156,7 @@ def refusal(where: str, status: int, text: str) -> SamplerRequestError:
 
 
 def server_message(text: str) -> str:
-    """The message in an error answer of vLLM or FastAPI, else the beginning of the text."""
+    """The message in an error answer of vLLM or FastAPI, else the beginning of the text, in one line."""
     try:
         answer = json.loads(text)
     except ValueError:
@@ -165,4 +166,6 @@ def server_message(text: str) -> str:
         said = error.get("message") if isinstance(error, dict) else error
         if said:
             return str(said)
-    return text.strip()[:500] or "(no message)"
+    if text.lstrip().startswith("<"):  # a page for browsers: something else answers there
+        text = re.sub(r"<[^>]*>", " ", text)
+    return " ".join(text.split())[:500] or "(no message)"

@@ -146,10 +146,9 @@ class VllmSampler:
         except (SamplerRequestError, TimeoutError) as error:
             if endpoint.server is not None and await endpoint.server.ends_within(EXIT_NOTICE_S):
                 raise SamplerError(endpoint.server.obituary) from error
-            cause = str(error) or f"what it serves was not known after sampler.start_timeout_s={limit_s:g} s"
-            raise SamplerError(
-                f"{endpoint.name} cannot be used: {cause}. Check sampler.urls; docs/vllm.md has the flags it needs."
-            ) from error
+            cause = str(error).removeprefix(f"{endpoint.name}: ")
+            cause = cause or f"what it serves was not known after sampler.start_timeout_s={limit_s:g} s"
+            raise SamplerError(f"{endpoint.name} cannot be used: {cause}. {_advice(endpoint, error)}") from error
 
     @asynccontextmanager
     async def _supervised(self, start_s: float) -> AsyncIterator[None]:
@@ -392,3 +391,12 @@ class VllmSampler:
             replicas_lost=self._fleet.losses,
             servers=tuple(replica.load() for replica in self._fleet.replicas),
         )
+
+
+def _advice(endpoint: Endpoint, error: Exception) -> str:
+    """What to do about a server that cannot be connected to."""
+    if endpoint.server is not None:
+        return f"Its log, {endpoint.server.launch.log}, may say why."
+    if isinstance(error, SamplerRequestError) and error.status in (401, 403):
+        return "Put the key of that server into the variable VLLM_API_KEY."
+    return "Check sampler.urls; docs/vllm.md has the flags it needs."

@@ -17,6 +17,7 @@ import asyncio
 import os
 import re
 import signal
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ class StubVllm:
         self.going = asyncio.Event()
         """Cleared while it is paused."""
         self.going.set()
+        self.models: Any = None
+        """What /v1/models answers, where it is not that of vLLM."""
         self.running = 0
         self.generated = 0
         self.drawn: list[str] = []
@@ -121,6 +124,8 @@ class StubVllm:
         return web.Response(text="\n".join(lines))
 
     async def _models(self, request: web.Request) -> web.Response:
+        if self.models is not None:
+            return web.json_response(self.models)
         models = [{"id": "base", "root": "base", "max_model_len": 256}]
         return web.json_response({"data": models + [{"id": name, "root": name} for name in self.adapters]})
 
@@ -214,4 +219,5 @@ if __name__ == "__main__":
         raise MemoryError("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB")
     if (options.folder / "slow").exists():
         time.sleep(600)
+    Path(tempfile.gettempdir(), "left").write_text("by a stub")
     asyncio.run(run(options.folder, options.port))

@@ -398,6 +398,52 @@ async def test_server_of_somebody_else_that_was_away(folder: Path) -> None:
         assert set(first.adapters) == {"policy-v1", "policy-v2"}
 
 
+async def test_server_of_somebody_else_has_served_others_before() -> None:
+    stub = StubVllm()
+    stub.generated = 1000
+    async with attached(stub, lora=True, outage_timeout_s=0.2) as (sampler, ports):
+        await draw(sampler, tokens=5)
+        await until_load(sampler, lambda load: load.generated_tokens == 5)
+        await stub.stop()  # the way to it is lost; what it has counted is not
+        await until_up(sampler, 0)
+        await stub.start(ports[0])
+        await until_up(sampler, 1)
+        await draw(sampler, tokens=5)
+        await until_load(sampler, lambda load: load.generated_tokens == 10)
+
+
+@pytest.mark.parametrize(
+    ("faults", "words"),
+    [
+        ({"key": "theirs"}, r"cannot be used: /v1/models answered HTTP 401.*into the variable VLLM_API_KEY"),
+        ({"models": {"data": [{"id": "qwen3:0.6b", "object": "model"}]}}, r"is no vLLM server.*'qwen3:0.6b'"),
+        ({"models": []}, r"is no vLLM server.*answers \[\]"),
+    ],
+)
+async def test_what_is_not_a_server_for_us_is_said_so(faults: dict[str, Any], words: str) -> None:
+    stub = StubVllm()
+    for name, value in faults.items():
+        setattr(stub, name, value)
+    with pytest.raises(SamplerError, match=words):
+        async with attached(stub, lora=True):
+            pass
+
+
+async def test_nothing_stays_in_the_folder_for_temporary_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = folder / "tmp"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    async with started(folder, replicas=1) as sampler:
+        for how in (signal.SIGKILL, signal.SIGSTOP):  # the guard is killed with it; the server hangs, and is killed
+            [made] = scratch.iterdir()
+            assert (made / "left").read_text() == "by a stub"
+            kill(sampler, 0, how)
+            await until_up(sampler, 0)
+            await until_up(sampler, 1)
+            assert not made.exists()
+    assert not list(scratch.iterdir())
+
+
 async def test_restarted_server_ends_with_an_owner_that_is_killed(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

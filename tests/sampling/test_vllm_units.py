@@ -119,6 +119,11 @@ vllm:generation_tokens_total{engine="0",model_name="/a b"} 1.234567e+06
 """
 
 
+def test_a_page_for_browsers_is_told_in_one_line() -> None:
+    page = "<!DOCTYPE HTML>\n<html><body>\n<h1>Error</h1>\n<p>File  not found.</p></body></html>"
+    assert str(refusal("vLLM at u: /v1/models", 404, page)).endswith("answered HTTP 404: Error File not found.")
+
+
 def test_load_from_metrics() -> None:
     load = read_metrics(METRICS)
     assert load == EngineLoad(running=5, waiting=4, kv_use=0.5, preemptions=7, generated_tokens=1_234_567)

@@ -119,7 +119,8 @@ def _balanced() -> Bottleneck:
 
 
 def _publish(account: Account) -> Bottleneck:
-    return Bottleneck(
+    waited = f"The trainer waited {account.share('publish_wait_s'):.0%} of the time for hot-loads: "
+    return _down(account, waited) or Bottleneck(
         "publish",
         f"Hot-loads take longer than the steps between them: the trainer waited {account.share('publish_wait_s'):.0%} "
         "of the time for them.",
@@ -140,7 +141,7 @@ def _checkpoint(account: Account) -> Bottleneck:
 
 def _rollouts(account: Account) -> Bottleneck:
     late = f"The trainer waited {account.share('wait_s'):.0%} of the time for rollouts: "
-    for look in (_no_data, _failing, _uneven, _filtered, _evaluating, _full, _unpublished, _no_slots, _tools):
+    for look in (_no_data, _failing, _down, _uneven, _filtered, _evaluating, _full, _unpublished, _no_slots, _tools):
         if found := look(account, late):
             return found
     return _too_fresh(account, late)
@@ -167,14 +168,21 @@ def _failing(account: Account, late: str) -> Bottleneck | None:
     )
 
 
-def _uneven(account: Account, late: str) -> Bottleneck | None:
+def _down(account: Account, late: str) -> Bottleneck | None:
+    """A hot-load waits for the first replica to come back too."""
     up, most = account.mean("replicas_up"), account.most("replicas_up")
-    if up < DOWN * most:
-        return Bottleneck(
-            "replicas",
-            f"{late}of {most:.0f} vLLM replicas {up:.1f} were up on the mean.",
-            "The log says why the others were lost.",
-        )
+    if up >= DOWN * most:
+        return None
+    if most == 1:
+        return Bottleneck("replicas", f"{late}vLLM was up {up:.0%} of the time.", "The log says why it was lost.")
+    return Bottleneck(
+        "replicas",
+        f"{late}of {most:.0f} vLLM replicas {up:.1f} were up on the mean.",
+        "The log says why the others were lost.",
+    )
+
+
+def _uneven(account: Account, late: str) -> Bottleneck | None:
     spread, (number, share) = account.mean("replica_spread"), account.busiest_replica()
     if spread < UNEVEN or share < MOSTLY or _outside(account) > 1 - WORTH:
         return None

@@ -176,6 +176,13 @@ def test_replicas_that_are_down_are_named() -> None:
     assert "of 4 vLLM replicas 2.5 were up on the mean" in said
 
 
+def test_hot_load_that_waits_for_a_lost_replica_is_not_a_slow_one() -> None:
+    slow = {"wait_s": 0.0, "publish_wait_s": 8.0}
+    said = where_time_went(Account([record(replicas_up=1.0, **slow), record(replicas_up=0.0, **slow)]))
+    assert "80% of the time for hot-loads: vLLM was up 50% of the time. The log says why it was lost." in said
+    assert "Raise publish.weight_sync_interval" in where_time_went(Account([record(replicas_up=1.0, **slow)]))
+
+
 def test_replicas_are_advised_only_where_there_are_some() -> None:
     full = {"sampler_full": 0.9, "sampler_waiting": 12.0}
     embedded, fleet = (where_time_went(Account([record(**full, **more)])) for more in ({}, {"replicas_up": 2.0}))

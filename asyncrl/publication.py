@@ -113,5 +113,6 @@ class Publication:
                 f"sampler and trainer disagree about version {version}: token {worst + 1} of the probe has log-prob "
                 f"{scored[worst]:.5f} in the sampler and {probe.logprobs[worst]:.5f} in the trainer, more than "
                 f"{tolerance:g} apart. The weights did not arrive as they were sent, or the two load different "
-                "models. Nothing drawn from them can be trusted, so the run ends."
+                "models: with sampler.urls, compare `model` with what the servers were started with. Nothing that is "
+                "drawn from them can be trusted, so the run ends."
             )

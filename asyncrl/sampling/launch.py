@@ -42,8 +42,12 @@ INSTALL = (
 CAUSES = (
     (r"No module named '?vllm", "vLLM is not installed for this Python. " + INSTALL),
     (
-        r"[Oo]ut of memory|OutOfMemory|No available memory|Free memory on device|Available memory|MemoryError"
-        r"|larger than the available KV cache",
+        r"No available memory for the cache|larger than the available KV cache",
+        "The KV cache has no room for one whole sample. Lower max_seq_len, or raise sampler.gpu_memory_utilization "
+        "(GPU) or sampler.kv_cache_bytes (CPU).",
+    ),
+    (
+        r"[Oo]ut of memory|OutOfMemory|Free memory on device|Available memory|MemoryError",
         "Out of memory. On a GPU lower sampler.gpu_memory_utilization or max_seq_len; on a CPU lower "
         "sampler.kv_cache_bytes.",
     ),
@@ -253,8 +257,10 @@ def _listener(port: int) -> str:
 
 
 def root_error(log: str) -> str | None:
-    """The last error of the engine, else of anything: vLLM prints it far above the end of its log, which is only
-    about the engine that did not start."""
+    """What is wrong with the command line, or the last error of the engine, else of anything: vLLM prints it far above
+    the end of its log, which is only about the engine that did not start."""
+    if argument := re.search(r"^(?:vllm [\w ]+|\S+\.py): error: (.+)$", log, re.MULTILINE):
+        return argument[1]
     engines: list[str] = []
     others: list[str] = []
     for line in re.finditer(r"^(.*?)((?:[\w.]+\.)?\w*(?:Error|Exception): .+)$", log, re.MULTILINE):
@@ -262,7 +268,7 @@ def root_error(log: str) -> str | None:
         if " WARNING " not in prefix and "See root cause above" not in error and "See stack trace" not in error:
             (engines if "EngineCore" in prefix else others).append(error)
     told = engines or others
-    return told[-1] if told else None
+    return told[-1].rstrip(".") if told else None
 
 
 def likely_cause(said: str) -> str:

@@ -342,6 +342,21 @@ def test_root_error_is_that_of_the_engine() -> None:
     assert launch.root_error("all is well\n") is None
     assert launch.likely_cause("ModuleNotFoundError: No module named 'vllm'").startswith("vLLM is not installed")
     assert "sampler.port" in launch.likely_cause("OSError: [Errno 98] Address already in use")
+    assert (
+        launch.root_error("usage: [x]\nentry.py: error: unrecognized arguments: --no\n")
+        == "unrecognized arguments: --no"
+    )
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`",
+        "ValueError: (4.38 GiB KV cache is needed, which is larger than the available KV cache memory (0.25 GiB)",
+    ],
+)
+def test_a_cache_that_is_too_small_is_to_be_raised(said: str) -> None:
+    assert "or raise sampler.gpu_memory_utilization (GPU) or sampler.kv_cache_bytes (CPU)" in launch.likely_cause(said)
 
 
 class StandInEndpoint:

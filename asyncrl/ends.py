@@ -145,10 +145,14 @@ def split_adapter(config: Config) -> tuple[Config, Path | None]:
     return config.model_copy(update={"model": saved.base, "lora": lora}), folder
 
 
-def adapter_weights(folder: Path, sampler: Sampler) -> Weights:
-    """A saved adapter as version 1 of its base model."""
+def evaluated_weights(config: Config, adapter: Path | None, sampler: Sampler) -> Weights | None:
+    """What is laid over the model that the sampler was opened with: a saved adapter; or the whole of `config.model`,
+    where the servers of somebody else were started with whatever they were started with."""
+    if adapter is None:
+        elsewhere = config.sampler.urls and Path(config.model).is_dir()
+        return Weights(version=1, adapter=False, folder=Path(config.model)) if elsewhere else None
     if sampler.wants == "files":
-        return Weights(version=1, adapter=True, folder=folder)
+        return Weights(version=1, adapter=True, folder=adapter)
     from safetensors.torch import load_file
 
-    return Weights(version=1, adapter=True, tensors=load_file(folder / WEIGHTS))
+    return Weights(version=1, adapter=True, tensors=load_file(adapter / WEIGHTS))

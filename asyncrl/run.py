@@ -20,7 +20,7 @@ import anyio
 from asyncrl.assemble import steps_at_most
 from asyncrl.config import Config
 from asyncrl.data import Rows, load_rows
-from asyncrl.ends import adapter_weights, open_policy, open_sampler, split_adapter
+from asyncrl.ends import evaluated_weights, open_policy, open_sampler, split_adapter
 from asyncrl.errors import AsyncRLError, ConfigError
 from asyncrl.interrupt import Interrupt, run_interruptible
 from asyncrl.last_resort import LastResort
@@ -175,8 +175,8 @@ async def evaluate_async(
             with watchdog.phase("opening the sampler", limit_s=LOAD_LIMIT_S):
                 sampler = await stack.enter_async_context(open_sampler(config, facts, logs))
             function = await stack.enter_async_context(open_rollout(rollout, setup))
-            if adapter is not None:
-                await sampler.publish(adapter_weights(adapter, sampler))
+            if (weights := evaluated_weights(config, adapter, sampler)) is not None:
+                await sampler.publish(weights)
             context = await stack.enter_async_context(open_policy(config, facts, sampler))
             return await make_evaluator(config, facts, function, context).run(
                 rows,

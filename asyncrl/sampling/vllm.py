@@ -143,12 +143,23 @@ class VllmSampler:
         try:
             with anyio.fail_after(limit_s):
                 await connect(endpoint, lora=self._lora)
+            self._compare_model(endpoint)
         except (SamplerRequestError, TimeoutError) as error:
             if endpoint.server is not None and await endpoint.server.ends_within(EXIT_NOTICE_S):
                 raise SamplerError(endpoint.server.obituary) from error
             cause = str(error).removeprefix(f"{endpoint.name}: ")
             cause = cause or f"what it serves was not known after sampler.start_timeout_s={limit_s:g} s"
             raise SamplerError(f"{endpoint.name} cannot be used: {cause}. {_advice(endpoint, error)}") from error
+
+    def _compare_model(self, endpoint: Endpoint) -> None:
+        """Full weights in a folder are loaded into a server of somebody else. Its base model stays what it is, and may
+        have another name there: training has the canary, an evaluation has this warning alone."""
+        model, served = Path(self._config.model), Path(endpoint.model)
+        replaced = not self._lora and model.is_dir()
+        if endpoint.server is None and not replaced and model.absolute() != served.absolute():
+            logger.warning(
+                "vllm serves a model of another name", replica=endpoint.name, found=str(served), model=str(model)
+            )
 
     @asynccontextmanager
     async def _supervised(self, start_s: float) -> AsyncIterator[None]:

@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 import psutil
 import pytest
+from structlog.testing import capture_logs
 
 from asyncrl.config import Config
 from asyncrl.errors import SamplerError, SamplerRequestError
@@ -427,6 +428,16 @@ async def test_what_is_not_a_server_for_us_is_said_so(faults: dict[str, Any], wo
     with pytest.raises(SamplerError, match=words):
         async with attached(stub, lora=True):
             pass
+
+
+@pytest.mark.parametrize(("model", "warned"), [("base", False), ("another/base", True)])
+async def test_adapters_over_a_model_of_another_name(model: str, warned: bool) -> None:
+    stub = StubVllm()
+    stub.models = {"data": [{"id": "policy", "root": model, "max_model_len": 256}]}
+    with capture_logs() as logs:
+        async with attached(stub, lora=True):
+            pass
+    assert [log["found"] for log in logs if log["event"].startswith("vllm serves a model")] == [model] * warned
 
 
 async def test_nothing_stays_in_the_folder_for_temporary_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncrl.config import Config
+from asyncrl.ends import evaluated_weights
 from asyncrl.errors import SamplerError, SamplerRequestError
 from asyncrl.sampling import launch
 from asyncrl.sampling.fleet import Fleet
@@ -24,7 +25,7 @@ from asyncrl.sampling.routing import AdapterShelf, Router
 from asyncrl.sampling.vitals import Comeback, Pulse
 from asyncrl.sampling.vllm import VllmSampler
 from asyncrl.sampling.vllm_key import RequireKey
-from asyncrl.types import SampleRequest, SamplingParams
+from asyncrl.types import SampleRequest, SamplingParams, Weights
 
 
 def answer(**changes: Any) -> dict[str, Any]:
@@ -122,6 +123,19 @@ vllm:generation_tokens_total{engine="0",model_name="/a b"} 1.234567e+06
 def test_a_page_for_browsers_is_told_in_one_line() -> None:
     page = "<!DOCTYPE HTML>\n<html><body>\n<h1>Error</h1>\n<p>File  not found.</p></body></html>"
     assert str(refusal("vLLM at u: /v1/models", 404, page)).endswith("answered HTTP 404: Error File not found.")
+
+
+def test_servers_of_somebody_else_are_given_the_model_that_is_evaluated(tmp_path: Path) -> None:
+    sampler = VllmSampler(Config(model="m"), run_dir=tmp_path, keep_versions=1)
+
+    def weights(model: str, *urls: str, adapter: Path | None = None) -> Weights | None:
+        return evaluated_weights(Config(model=model, sampler={"urls": urls}), adapter, sampler)
+
+    folder = str(tmp_path)
+    assert weights(folder, "http://u") == Weights(version=1, adapter=False, folder=tmp_path)
+    assert weights(folder) is None  # what asyncrl starts holds it already
+    assert weights("on/the-hub", "http://u") is None
+    assert weights(folder, "http://u", adapter=tmp_path) == Weights(version=1, adapter=True, folder=tmp_path)
 
 
 def test_load_from_metrics() -> None:

@@ -29,8 +29,8 @@ Record = dict[str, float]
 Gauges = Mapping[str, Any]
 """Numbers, but for `phase`, `window_reason` and `staleness_reason`, and lists with an entry for each replica."""
 
-MEANS = ("sampler_running", "sampler_waiting", "sampler_full", "kv_use", "eval_in_flight")
-"""Gauges whose mean over the step is recorded, where the sampler was asked meanwhile."""
+MEANS = ("sampler_running", "sampler_waiting", "sampler_full", "kv_use", "eval_in_flight", "replicas_up")
+"""Gauges whose mean over the step is recorded, where the sampler was asked meanwhile, and has them."""
 
 
 @dataclass(slots=True)
@@ -98,7 +98,8 @@ class StepAccount:
         gauges = self.gauges()
         self._samples += 1
         for name in MEANS:
-            self._sums[name] += gauges[name]
+            if name in gauges:
+                self._sums[name] += gauges[name]
         for server, requests in load.requests().items():
             self._requests[server] += requests
 

@@ -219,7 +219,8 @@ METRICS: tuple[Metric, ...] = (
            "than a twentieth of those that it decoded.",
            "Near 1: the sampler is as fast as it gets, and more concurrency or staleness would gain nothing. Add "
            "`sampler.replicas`, or lower `sampling.max_tokens`."),
-    Metric("replicas_up", "scheduler", "servers", "vLLM replicas that serve; there only where vLLM samples.",
+    Metric("replicas_up", "scheduler", "servers", "vLLM replicas that serve, on the mean of the step; there only "
+           "where vLLM samples.",
            "Fewer than `sampler.replicas`: one is coming back, and the log says why."),
     Metric("replicas_lost", "scheduler", "servers", "How often a vLLM replica was lost in the life of the process.",
            "Grows: the log of the replica in the run folder says what it died of."),

@@ -53,6 +53,8 @@ class Situation:
     sync: int = 1
     speeds: tuple[float, ...] = (1.0,)
     """Of the sampler's replicas."""
+    outage_s: float = 0.0
+    """Every sixth hot-load finds the servers lost for so long."""
     capacity: int = 64
     """Requests that one replica answers at once."""
     filtered: float = 0.0
@@ -73,7 +75,7 @@ class Situation:
 
     def slower(self, factor: float) -> Situation:
         """The same in another unit of time."""
-        names = ("model_s", "tool_s", "train_s", "publish_s", "save_s")
+        names = ("model_s", "tool_s", "train_s", "publish_s", "save_s", "outage_s")
         return self.but(**{name: factor * getattr(self, name) for name in names})
 
     def config(self) -> Config:
@@ -197,13 +199,21 @@ class Fleet(ScriptedSampler):
     """Replicas with a speed and room for so many requests each; a rollout stays on one of them."""
 
     def __init__(self, situation: Situation) -> None:
-        super().__init__(publish_s=lambda: situation.publish_s)
+        super().__init__(publish_s=self._hot_load_s)
         self._situation = situation
+        self._hot_loads = 0
+        self._back_at = 0.0
         self._random = random.Random(situation.seed)
         self._router = Router(len(situation.speeds))
         self._replicas = [
             ScriptedSampler(latency_s=self._latency(speed), capacity=situation.capacity) for speed in situation.speeds
         ]
+
+    def _hot_load_s(self) -> float:
+        self._hot_loads += 1
+        lost_s = 0.0 if self._hot_loads % 6 else self._situation.outage_s
+        self._back_at = asyncio.get_running_loop().time() + lost_s
+        return lost_s + self._situation.publish_s
 
     def _latency(self, speed: float) -> Any:
         def seconds(request: SampleRequest) -> float:
@@ -225,10 +235,11 @@ class Fleet(ScriptedSampler):
         servers: Sequence[ServerLoad] = ()
         if len(loads) > 1:
             servers = [ServerLoad(str(i), load.running, load.waiting, 0.0, True) for i, load in enumerate(loads)]
+        up = len(loads) if asyncio.get_running_loop().time() >= self._back_at else 0
         return Load(
             running=sum(load.running for load in loads),
             waiting=sum(load.waiting for load in loads),
             generated_tokens=sum(load.generated_tokens for load in loads),
-            replicas_up=len(loads) if servers else None,
+            replicas_up=up if servers or self._situation.outage_s else None,
             servers=tuple(servers),
         )

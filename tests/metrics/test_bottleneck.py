@@ -32,6 +32,7 @@ ADVICE: dict[str, Change] = {
     "evaluation": lambda now: now.but(eval_every=None),
     "filter": lambda now: now.but(filtered=now.filtered / 2),
     "replicas": lambda now: now.but(speeds=(max(now.speeds),) * len(now.speeds)),
+    "outages": lambda now: now.but(outage_s=0.0),
     "sampler": lambda now: now.but(capacity=2 * now.capacity),
     "checkpoint": lambda now: now.but(save_every=8 * now.save_every),
     "failures": lambda now: now.but(failing=0.0),
@@ -79,6 +80,7 @@ CASES = {
         "replicas",
         "slots sampler trainer",
     ),
+    "lost servers": Case("replicas", Situation(outage_s=30.0, publish_s=1.0), "outages", "slots trainer sampler"),
     "full sampler, full budget": Case(
         "sampler", Situation(capacity=6, train_s=0.3), "sampler", "slots staleness trainer publish"
     ),

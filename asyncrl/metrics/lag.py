@@ -124,21 +124,19 @@ def _is_loop(frame: FrameType) -> bool:
 async def watch_lag(meter: LagMeter) -> None:
     """Measure until cancelled. In virtual time there is nothing to measure, so it ends."""
     loop = asyncio.get_running_loop()
-    culprit: Culprit | None = None
+    culprit = Culprit()  # before the first rollout runs: that one may block for good
     try:
         while True:
             began, wall_began = loop.time(), time.monotonic()
             await asyncio.sleep(SLEEP_S)
             if time.monotonic() - wall_began < SLEEP_S / 2:
                 return
-            culprit = culprit or Culprit()
             now = loop.time()
             lag_s, blocker = now - began - SLEEP_S, culprit.tick()
             if meter.observe(lag_s, now):
                 _warn(lag_s, blocker, "was")
     finally:
-        if culprit is not None:
-            culprit.end()
+        culprit.end()
 
 
 def _warn(lag_s: float, blocker: str, tense: Literal["was", "is"]) -> None:
@@ -149,5 +147,6 @@ def _warn(lag_s: float, blocker: str, tense: Literal["was", "is"]) -> None:
     log.warning(
         f"the event loop {tense} blocked for {lag_s:.1f} s" + (f" by {blocker}" if blocker else ""),
         meaning=f"every rollout and request wait{'ed' if tense == 'was' else 's'}" + ("" if blocker else unknown),
-        to_do="await what waits, and send heavy work away: `await asyncrl.offload(function, *args)`",
+        to_do="await what waits, and send heavy work, and agents whose client is synchronous, away: "
+        "`await asyncrl.offload(function, *args)`",
     )

@@ -49,12 +49,12 @@ def blocking_tool() -> None:
     time.sleep(0.5)
 
 
-async def watched(block: Callable[[], object]) -> tuple[LagMeter, list[Any]]:
+async def watched(block: Callable[[], object], after_s: float = 2 * SLEEP_S) -> tuple[LagMeter, list[Any]]:
     """What the meter and the log say after `block` has run on the loop."""
     meter = LagMeter()
     with structlog.testing.capture_logs() as logs:
         watcher = asyncio.create_task(watch_lag(meter))
-        await asyncio.sleep(2 * SLEEP_S)
+        await asyncio.sleep(after_s)
         block()
         await asyncio.sleep(2 * SLEEP_S)
         watcher.cancel()
@@ -70,12 +70,15 @@ async def test_a_blocking_call_is_measured_and_the_warning_names_it_and_what_to_
     assert "asyncrl.offload" in logs[0]["to_do"]
 
 
-async def test_a_loop_that_does_not_come_back_is_named_while_it_is_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("after_s", [2 * SLEEP_S, 0.0], ids=["later", "by the first rollout"])
+async def test_a_loop_that_does_not_come_back_is_named_while_it_is_blocked(
+    monkeypatch: pytest.MonkeyPatch, after_s: float
+) -> None:
     monkeypatch.setattr(lag, "STUCK_S", 0.3)
     named = threading.Event()
     monkeypatch.setattr(lag.log, "warning", lambda event, **more: named.set() if "is blocked for" in event else None)
     blocked: list[bool] = []
-    await watched(lambda: blocked.append(named.wait(30)))
+    await watched(lambda: blocked.append(named.wait(10)), after_s)
     assert blocked == [True], "named while the loop could not run"
 
 

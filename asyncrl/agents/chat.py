@@ -7,9 +7,9 @@ Context comes from the chat template, completions from the sampler, and both sta
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import anyio
 
@@ -18,11 +18,14 @@ from asyncrl.agents.conversation import MALFORMED, Conversation, Drawn
 from asyncrl.agents.tools import ToolResult, collect_tools
 from asyncrl.agents.transcript import Node
 from asyncrl.errors import LimitReached, RolloutContractError
+from asyncrl.rollout.failures import brief
+from asyncrl.sections import Limit, LimitChoice
 from asyncrl.types import Rollout
 
 if TYPE_CHECKING:
     from asyncrl.agents.policy import Policy
-    from asyncrl.sections import Limit, LimitChoice
+
+_LIMITS, _CHOICES = get_args(Limit), get_args(LimitChoice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,15 @@ class Limits:
     max_total_tokens: int | None
     """Of all turns together; None: no limit."""
     choices: LimitChoice | Mapping[Limit, LimitChoice]
+
+    def __post_init__(self) -> None:
+        """Raises RolloutContractError: `choices` names something that is no limit, or no choice."""
+        asked = self.choices if isinstance(self.choices, Mapping) else dict.fromkeys(_LIMITS, self.choices)
+        if not (asked.keys() <= set(_LIMITS) and all(choice in _CHOICES for choice in asked.values())):
+            raise RolloutContractError(
+                f"on_limit is {self.choices!r}. Expected one of {', '.join(_CHOICES)}, or a dict with one of them for "
+                f"some of {', '.join(_LIMITS)}."
+            )
 
     def choice(self, limit: Limit) -> LimitChoice:
         return self.choices if isinstance(self.choices, str) else self.choices.get(limit, "stop")
@@ -52,8 +64,7 @@ class Chat:
         tools: Sequence[object],
         limits: Limits,
     ) -> None:
-        opening = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        self.messages: list[dict[str, Any]] = [dict(message) for message in opening]
+        self.messages: list[dict[str, Any]] = _opening(messages)
         """The conversation so far, as chat templates take it."""
         self.finish_reason: Limit | str | None = None
         """Why it ended: `stop` (an answer), `length` (a turn was cut at its token limit), `total_tokens` (all turns
@@ -163,8 +174,12 @@ class Chat:
         if user_message is not None:
             self._say({"role": "user", "content": user_message})
         if not self._unread:
+            state = "the model has answered and there is nothing new" if self.turns else "there are no messages yet"
+            raise RolloutContractError(f"{state} to answer. Give chat.step(...) a user message.")
+        if self._unread[-1].get("role") == "assistant":
             raise RolloutContractError(
-                "the model has answered and there is nothing new to answer. Give chat.step(...) a user message."
+                "the messages end with the assistant's own, and the model would answer itself. Expected a user's or a "
+                "tool's message at the end: leave the answer out, if these are rows with answers to learn from."
             )
         self.finish_reason = None
 
@@ -237,3 +252,16 @@ class Chat:
     def _say(self, message: dict[str, Any]) -> None:
         self.messages.append(message)
         self._unread.append(message)
+
+
+def _opening(messages: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Copies of the messages that a conversation begins with."""
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    given = list(messages) if isinstance(messages, Iterable) and not isinstance(messages, Mapping) else None
+    if given is None or not all(isinstance(message, Mapping) for message in given):
+        raise RolloutContractError(
+            f"policy.chat was given {brief(messages)} for its messages. Expected a text, or a list such as "
+            '[{"role": "user", "content": "..."}].'
+        )
+    return [dict(message) for message in given]

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from asyncrl.agents.calls import MalformedCall, ToolCall, Turn
 from asyncrl.agents.messages import Message, normalise
@@ -72,6 +72,10 @@ class Conversation:
         self.transcript = Transcript(policy.totals)
         self._policy = policy
         self._template = policy.template
+        if history not in (None, *get_args(History)):
+            raise RolloutContractError(
+                f"history is {history!r}. Expected one of {', '.join(get_args(History))}, or None."
+            )
         self._history = history
         self._realign_tokens = realign_tokens
         self._stops = tuple(dict.fromkeys((self._template.end_of_turn, *policy.stop_token_ids)))

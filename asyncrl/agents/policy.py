@@ -15,6 +15,7 @@ import structlog
 
 from asyncrl.config import ChatConfig
 from asyncrl.errors import ContextFull, RolloutContractError, SamplerRequestError
+from asyncrl.rollout.failures import brief
 from asyncrl.types import Completion, Rollout, Sampler, SampleRequest, SamplingParams
 
 if TYPE_CHECKING:
@@ -135,10 +136,11 @@ class Policy:
 
         Raises:
             ContextFull: there is no room for one more token.
-            RolloutContractError: there are no tokens.
+            RolloutContractError: there are no tokens, or something else than token ids.
             SamplerRequestError: the sampler refused or lost this request.
         """
         context = self._context
+        token_ids = _flat("generate", token_ids)
         room = context.max_seq_len - len(token_ids)
         if not token_ids:
             raise RolloutContractError(
@@ -197,10 +199,11 @@ class Policy:
             start: The first token to score, at least 1. A sampler may spend a request on each token from there on.
 
         Raises:
-            RolloutContractError: no token to score, or none before it, or too many.
+            RolloutContractError: no token to score, or none before it, or too many; or something else than token ids.
             SamplerRequestError: the sampler refused or lost this request.
         """
         context = self._context
+        token_ids = _flat("score", token_ids)
         if not 1 <= start < len(token_ids) < context.max_seq_len:
             raise RolloutContractError(
                 f"policy.score was called with {len(token_ids)} tokens and start={start}. Expected a context of at "
@@ -349,3 +352,19 @@ class Policy:
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a completion if `generate` is not told others."""
         return self._context.params.stop_token_ids
+
+
+def _flat(asked: str, token_ids: Sequence[int]) -> Sequence[int]:
+    """The ids as a list. A batch of them, a text, or what a tokenizer returns would do a sampler harm."""
+    if type(token_ids) is list and token_ids and type(token_ids[0]) is int:
+        return token_ids  # nearly always; samplers look at each id
+    try:
+        if isinstance(token_ids, (str, bytes, bytearray, Mapping)):
+            raise TypeError
+        return array("q", token_ids).tolist()
+    except (TypeError, ValueError, OverflowError):
+        raise RolloutContractError(
+            f"policy.{asked} was called with {brief(token_ids)}. Expected one flat sequence of token ids, such as "
+            "`tokenizer.encode(text)`. `tokenizer(...)` and `apply_chat_template(...)` give a dict: take its "
+            "`input_ids`, and leave return_tensors out, which makes a batch of them."
+        ) from None

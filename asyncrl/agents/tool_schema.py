@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, ValidationError, create_model
 
 from asyncrl.errors import UserError
+from asyncrl.rollout.failures import brief
 
 Arguments = Mapping[str, Any] | str
 """A mapping, or the JSON text of one."""
@@ -108,7 +109,8 @@ def _same_default(one: Any, other: Any) -> bool:
 def _build(function: Callable[..., Any]) -> Signature:
     if not callable(function):
         raise ToolError(
-            f"a tool is a function, found {function!r}. Put @asyncrl.tool below @classmethod, if there is one."
+            f"a tool is a function, found {brief(function)}. Expected a function whose parameters have types, or an "
+            "object with methods marked @asyncrl.tool (below @classmethod, if there is one)."
         )
     name = _name_of(function)
     if inspect.isasyncgenfunction(function):

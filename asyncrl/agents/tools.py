@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 from weakref import WeakKeyDictionary
@@ -21,6 +21,7 @@ from anyio.lowlevel import RunVar
 from asyncrl.agents.tool_output import as_text, error_text
 from asyncrl.agents.tool_schema import Arguments, BadArguments, Signature, ToolError, signature_of
 from asyncrl.errors import AsyncRLError
+from asyncrl.rollout.failures import brief
 from asyncrl.workers import Outcome, Threads, in_own_task
 
 __all__ = ["Tool", "ToolError", "ToolResult", "collect_tools", "tool"]
@@ -189,6 +190,8 @@ def collect_tools(tools: Iterable[Any]) -> dict[str, Tool[..., Any]]:
     Raises:
         ToolError: two have the same name, or something is none of these.
     """
+    if not isinstance(tools, Iterable) or isinstance(tools, Mapping | str):
+        raise ToolError(f"tools is {brief(tools)}. Expected a list of tools, such as tools=[calculator].")
     found: dict[str, Tool[..., Any]] = {}
     for given in tools:
         for each in _tools_of(given):

@@ -11,6 +11,7 @@ from collections import deque
 from enum import Enum
 from pathlib import Path
 from reprlib import Repr
+from types import TracebackType
 from typing import Any
 
 from asyncrl.config import RolloutConfig
@@ -131,14 +132,19 @@ def is_ours(error: BaseException) -> bool:
     return any(isinstance(leaf, (EngineError, ModelError)) for leaf in leaves(error))
 
 
-def users_traceback(error: BaseException) -> str:
-    """The traceback from the user's function on; the frames that called it say nothing."""
+def _in_users_function(error: BaseException) -> TracebackType | None:
+    """The traceback from the user's function on; the frames that called it say nothing. None: it did not come there."""
     here = str(Path(__file__).parent)
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename.startswith(here):
         trace = trace.tb_next
+    return trace
+
+
+def users_traceback(error: BaseException) -> str:
+    """What the user's function raised, from its own frame on."""
     try:
-        text = "".join(traceback.format_exception(type(error), error, trace)).strip()
+        text = "".join(traceback.format_exception(type(error), error, _in_users_function(error))).strip()
     except Exception:  # groups within groups without end, or a class that defends itself
         text = f"{describe(error)} (its traceback cannot be shown)"
     return _shown(text, LONGEST_TRACEBACK)
@@ -146,7 +152,7 @@ def users_traceback(error: BaseException) -> str:
 
 def fatal(where: str, error: BaseException, *, budget_spent: bool) -> RolloutFailed:
     """One message with the place in the data, the user's traceback, and what to do."""
-    if isinstance(error, RolloutContractError):
+    if isinstance(error, RolloutContractError) and _in_users_function(error) is None:
         return RolloutFailed(
             f"{where} returned a sample that cannot be trained:\n{error}\n"
             "Mend the rollout function, or set rollout.on_error='drop' to go on without such samples."

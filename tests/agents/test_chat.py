@@ -198,6 +198,29 @@ async def test_an_opening_that_does_not_fit_is_an_error_in_the_data(speak) -> No
         await policy.chat("much too long for that").run()
 
 
+@pytest.mark.parametrize("messages", [None, {"role": "user", "content": "x"}, ["x"], 3], ids=repr)
+async def test_what_are_no_messages_is_named(speak, messages: Any) -> None:
+    policy, _ = speak()
+    with pytest.raises(RolloutContractError, match=r"policy\.chat was given .* Expected a text, or a list"):
+        policy.chat(messages)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "there are no messages yet to answer"),
+        ([{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}], "would answer itself"),
+    ],
+    ids=["none", "answered"],
+)
+async def test_messages_that_ask_for_nothing_are_refused(speak, messages: Any, message: str) -> None:
+    policy, sampler = speak(f"x{END}")
+    with pytest.raises(RolloutContractError, match=message):
+        await policy.chat(messages).run()
+    assert sampler.requests == []
+    assert await policy.chat(messages).step("go on") == "x"
+
+
 async def test_steps_by_hand_and_users_between_them(speak, tokenizer) -> None:
     policy, _ = speak(f"Hi.{END}", call("add", a=1, b=1) + END, f"2{END}")
     chat = policy.chat([{"role": "user", "content": "hello"}], tools=[add])

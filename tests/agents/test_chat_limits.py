@@ -9,7 +9,7 @@ import pytest
 
 from asyncrl.agents import conversation
 from asyncrl.config import ChatConfig
-from asyncrl.errors import LimitReached, RecoverableRolloutError
+from asyncrl.errors import LimitReached, RecoverableRolloutError, RolloutContractError
 from asyncrl.rollout.contract import Contract
 from asyncrl.types import RolloutRun, RolloutSample
 
@@ -99,6 +99,22 @@ async def test_the_settings_of_the_run_are_the_defaults(speak) -> None:
     policy._context.chat = ChatConfig(on_limit={"length": "error"})
     with pytest.raises(LimitReached):
         await policy.chat("go", max_tokens=3).run()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"on_limit": "halt"}, "on_limit is 'halt'. Expected one of stop, truncate, error"),
+        ({"on_limit": {"lenght": "error"}}, "on_limit is {'lenght'.*length, context, max_turns, total_tokens"),
+        ({"on_limit": {"length": "halt"}}, "on_limit is {'length': 'halt'}"),
+        ({"history": "rendered"}, "history is 'rendered'. Expected one of keep, render"),
+    ],
+    ids=["choice", "limit", "choice of a limit", "history"],
+)
+async def test_a_choice_that_is_none_is_refused(speak, asked: Any, message: str) -> None:
+    policy, _ = speak()
+    with pytest.raises(RolloutContractError, match=message):
+        policy.chat("go", **asked)
 
 
 async def test_a_forked_chat_shares_what_was_said_before(speak) -> None:

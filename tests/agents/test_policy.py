@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from asyncrl.agents.policy import Policy, PolicyContext
@@ -35,6 +36,26 @@ async def test_a_request_without_room_is_refused(speak, prompt, max_tokens, mess
     policy, sampler = speak("x", max_seq_len=10)
     with pytest.raises(RolloutContractError, match=message):
         await policy.generate(prompt, max_tokens=max_tokens)
+    assert sampler.requests == []
+
+
+@pytest.mark.parametrize("tokens", [np.array([1, 2]), range(1, 3), (1, 2)], ids=["array", "range", "tuple"])
+async def test_token_ids_may_be_any_flat_sequence(speak, tokens) -> None:
+    policy, sampler = speak("hi<|im_end|>")
+    await policy.generate(tokens)
+    assert sampler.requests[0].token_ids == [1, 2]
+    assert len((await policy.score(tokens, 1)).logprobs) == 1
+
+
+@pytest.mark.parametrize(
+    "tokens", ["hello", [[1, 2]], np.array([[1, 2]]), [1.0], {"input_ids": [1, 2]}, 3, None, [None]], ids=repr
+)
+async def test_what_is_no_sequence_of_token_ids_never_reaches_the_sampler(speak, tokens) -> None:
+    policy, sampler = speak("x")
+    with pytest.raises(RolloutContractError, match="Expected one flat sequence of token ids"):
+        await policy.generate(tokens)
+    with pytest.raises(RolloutContractError, match=r"policy\.score was called with"):
+        await policy.score(tokens, 1)
     assert sampler.requests == []
 
 

@@ -166,6 +166,14 @@ async def test_a_method_without_its_object_is_refused() -> None:
         collect_tools([Shop])
 
 
+@pytest.mark.parametrize(
+    "given", [tool(Shop().buy), None, "buy", {"name": "buy"}], ids=["tool", "None", "text", "dict"]
+)
+def test_what_is_no_list_of_tools_is_refused(given: Any) -> None:
+    with pytest.raises(ToolError, match=r"tools is .*Expected a list of tools"):
+        collect_tools(given)
+
+
 def test_two_tools_of_one_name_are_refused() -> None:
     assert list(collect_tools([search, search])) == ["search"]
     with pytest.raises(ToolError, match="two tools are called 'buy'"):
@@ -199,6 +207,8 @@ def test_a_signature_is_built_once_for_all_functions_of_its_code() -> None:
         (opaque, "tool opaque: its parameters cannot be checked"),
         (stream, "tool stream: it yields"),
         (classmethod(untyped), "a tool is a function, found <classmethod"),
+        (object(), "a tool is a function, found <object.*or an object with methods marked"),
+        ({"type": "function"}, r"a tool is a function, found \{'type'"),
     ],
 )
 def test_a_function_that_cannot_be_a_tool_is_refused(function: Any, message: str) -> None:

@@ -189,6 +189,17 @@ def test_an_unknown_exception_ends_the_run_with_the_prompt_and_the_users_traceba
     assert "rollout.on_error='drop'" in message
 
 
+def test_what_the_function_asked_for_wrongly_comes_with_its_traceback_and_is_no_sample() -> None:
+    async def rollout(prompt: Prompt) -> RolloutSample:
+        await prompt.policy.generate([])
+        return sample(prompt)
+
+    with pytest.raises(RolloutFailed, match="in rollout") as caught:
+        run(rollout)
+    assert "called with no tokens" in str(caught.value)
+    assert "returned a sample" not in str(caught.value)
+
+
 def test_unknown_exceptions_can_be_dropped_on_a_budget() -> None:
     async def rollout(prompt: Prompt) -> RolloutSample:
         await asyncio.sleep(0.1)

@@ -36,7 +36,9 @@ def normalise(message: Message) -> dict[str, Any]:
     if "reasoning" in plain:
         plain.setdefault("reasoning_content", plain.pop("reasoning"))
     if calls := plain.pop("tool_calls", ()):
-        plain["tool_calls"] = [_normalise_call(call) for call in calls]
+        plain["tool_calls"] = [
+            _normalise_call(call) for call in (calls if isinstance(calls, list | tuple) else [calls])
+        ]
     return plain
 
 

@@ -14,7 +14,7 @@ from asyncrl.agents.endpoint.refusal import Refusal
 from asyncrl.agents.endpoint.request import MAX_CHOICES, Ask, Event, Json, Reply, Request, as_tuple, new_id
 from asyncrl.agents.messages import Message
 
-Tokens = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
+Tokens = Annotated[list[Annotated[StrictInt, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
 MAX_SAMPLED_LOGPROBS = 1
 """`logprobs` counts alternatives; the sampler keeps the drawn token's alone."""
 

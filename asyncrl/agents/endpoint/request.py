@@ -147,7 +147,7 @@ def readable(messages: Sequence[Any]) -> list[Json]:
     Raises:
         Refusal: one is no message, or holds something other than text.
     """
-    names: dict[Any, str] = {}
+    names: dict[str, str] = {}
     read = []
     for place, message in enumerate(messages):
         try:
@@ -155,9 +155,9 @@ def readable(messages: Sequence[Any]) -> list[Json]:
         except RolloutContractError as error:
             raise Refusal(400, f"message {place}: {error}", param="messages") from None
         for call in plain.get("tool_calls", ()):
-            names[call.get("id")] = call["function"]["name"]
-        if plain["role"] == "tool" and plain.get("tool_call_id") in names:
-            plain.setdefault("name", names[plain["tool_call_id"]])
+            names[str(call.get("id"))] = call["function"]["name"]
+        if plain["role"] == "tool" and (answered := str(plain.get("tool_call_id"))) in names:
+            plain.setdefault("name", names[answered])
         read.append(plain)
     return read
 

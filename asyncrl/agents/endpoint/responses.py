@@ -80,7 +80,7 @@ class Responses(Request):
     def unheard(self, params: Any) -> Iterator[tuple[str, Any]]:
         yield from super().unheard(params)
         style = (self.text or {}).get("format") or {}
-        if style.get("type", "text") != "text":
+        if (style.get("type", "text") if isinstance(style, Mapping) else style) != "text":
             yield "text.format", style
 
     def answer(self, ask: Ask, replies: Sequence[Reply]) -> Json:
@@ -147,7 +147,9 @@ def _read_item(item: Any, where: str, messages: list[Json]) -> None:
             messages.append({"role": item.get("role"), "content": item.get("content")})
         case "reasoning":
             parts = [*(item.get("summary") or ()), *(item.get("content") or ())]
-            _new_turn(messages)["reasoning_content"] = "".join(str(part.get("text", "")) for part in parts)
+            _new_turn(messages)["reasoning_content"] = "".join(
+                str(part.get("text", "")) for part in parts if isinstance(part, Mapping)
+            )
         case "function_call":
             function = {"name": item.get("name"), "arguments": item.get("arguments")}
             call = {"id": item.get("call_id"), "type": "function", "function": function}

@@ -119,7 +119,7 @@ class Endpoint:
 
     def _session(self, http: web.Request) -> Session:
         """The session of a request's key, in the header of either API."""
-        bearer = http.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+        _, _, bearer = http.headers.get("Authorization", "").strip().rpartition(" ")  # the scheme is in any case
         session = self._sessions.get(http.headers.get("x-api-key") or bearer)
         if session is None:
             raise Refusal(
@@ -270,6 +270,8 @@ async def _refusals(
 def _explained(error: Exception) -> Refusal:
     if isinstance(error, web.HTTPRequestEntityTooLarge):
         return Refusal(413, f"the request body is larger than {MAX_BODY_BYTES} bytes.")
+    if isinstance(error, web.RequestPayloadError):
+        return Refusal(400, f"the request body cannot be read: {error}")
     if isinstance(error, web.HTTPException):
         known = ", ".join(ROUTES)
         return Refusal(error.status, f"{error.reason}. The endpoint answers POST to {known}, and GET to /v1/models.")

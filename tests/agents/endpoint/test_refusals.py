@@ -284,3 +284,63 @@ async def test_the_end_of_a_rollout_ends_its_calls(begin, way: str) -> None:
         results = await asyncio.gather(*calls, return_exceptions=True)
     assert {type(result) for result in results} == {library(way).AuthenticationError}
     assert teller.busy == 0
+
+
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/chat/completions", {"messages": [*ASKED, {"role": "assistant", "tool_calls": 5}, *ASKED]}),
+        ("/v1/completions", {"prompt": [10**30]}),
+        ("/v1/responses", {"input": [*ASKED, 5]}),
+    ],
+)
+async def test_values_of_a_wrong_type_are_a_400(begin, path: str, asked: dict[str, Any]) -> None:
+    policy, teller = begin(turns())
+    async with (
+        aiohttp.ClientSession(headers={"x-api-key": policy.openai_api_key}) as session,
+        session.post(policy.anthropic_base_url + path, json=asked) as answer,
+    ):
+        assert answer.status == 400, await answer.text()
+    assert teller.said == []
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [
+                    *ASKED,
+                    {"role": "assistant", "tool_calls": [{**CALL, "id": ["a"]}]},
+                    {"role": "tool", "tool_call_id": ["a"], "content": "x"},
+                ]
+            },
+        ),
+        ("/v1/responses", {"input": [*ASKED, {"type": "reasoning", "summary": "hm"}, *ASKED]}),
+        ("/v1/responses", {"input": "?", "text": {"format": "json"}}),
+    ],
+    ids=["ids", "thoughts", "format"],
+)
+async def test_odd_values_that_nobody_needs_do_no_harm(begin, path: str, asked: dict[str, Any]) -> None:
+    policy, _ = begin(turns("x"))
+    headers = {"Authorization": f"bearer {policy.openai_api_key}"}  # as for HTTP, the scheme is in any case
+    async with (
+        aiohttp.ClientSession(headers=headers) as session,
+        session.post(policy.anthropic_base_url + path, json=asked) as answer,
+    ):
+        assert answer.status == 200, await answer.text()
+
+
+async def test_a_body_that_is_not_packed_as_it_says_is_a_400(begin) -> None:
+    policy, _ = begin(turns())
+    headers = {"Authorization": f"Bearer {policy.openai_api_key}", "Content-Encoding": "gzip"}
+    async with (
+        aiohttp.ClientSession(headers=headers) as session,
+        session.post(f"{policy.openai_base_url}/chat/completions", data=b"zzz") as answer,
+    ):
+        assert answer.status == 400
+        assert "cannot be read" in (await answer.json())["error"]["message"]

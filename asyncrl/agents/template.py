@@ -92,7 +92,10 @@ class TurnTemplate:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, special ones included; nothing is added."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError:  # half a surrogate pair, which no tokenizer takes: as in tool results, a question mark
+            ids = self._tokenizer.encode(text.encode(errors="replace").decode(), add_special_tokens=False)
         return ids
 
     def opening(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[int]:

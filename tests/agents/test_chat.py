@@ -263,3 +263,12 @@ async def test_the_messages_of_the_caller_are_not_touched(speak) -> None:
     policy, _ = speak(f"a{END}")
     await policy.chat(mine).run()
     assert mine == [{"role": "user", "content": "x"}]
+
+
+async def test_half_a_surrogate_pair_in_a_message_is_a_question_mark(speak, tokenizer) -> None:
+    policy, sampler = speak(f"a{END}", f"b{END}")
+    chat = policy.chat("\ud83d x")
+    await chat.run()
+    await chat.step("y \ud83d")
+    assert "user\n? x" in tokenizer.decode(sampler.requests[0].token_ids)
+    assert "user\ny ?" in tokenizer.decode(sampler.requests[1].token_ids)

@@ -167,6 +167,8 @@ def _facts(sample: Mapping[str, Any]) -> Iterator[str]:
     facts = [f"log-prob mean {shown(sample['logprob_mean'])}, lowest {shown(sample['logprob_min'])}"]
     if "advantage_mean" in sample:
         facts.append(f"mean advantage of its tokens {shown(sample['advantage_mean'])}")
+    if sample.get("turn_rewards"):
+        facts.append(f"turn rewards {_brief(sample['turn_rewards'])}")
     info = sample.get("info", {})
     if info.get("finish_reason") is not None:
         facts.append(f"finish {_visible(str(info['finish_reason']))}")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def test_tool_calls_and_times_are_shown(tmp_path: Path, capsys: pytest.CaptureFi
         {"role": "tool", "tool_call_id": "c1", "content": "Error: no"},
     ]
     chat = sample(1.0, "four", messages=messages, tool_seconds=[0.25, 1.5], turn_seconds=[9.0, 0.5, 0.75])
-    logged = group(1, chat)
+    logged = group(1, replace(chat, turn_rewards=[0.25, None]))
     logged.seconds = [2.25]
     log = RolloutLog(tmp_path / "rollouts.jsonl", decode, groups_per_step=4)
     log.write(1, [logged])
@@ -172,6 +173,7 @@ def test_tool_calls_and_times_are_shown(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["inspect", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "it took 2.2 s, the group 2.5 s" in text
+    assert "turn rewards [0.25, null]" in " ".join(text.split())
     calls_shown = [line.split("→ ")[1] for line in text.splitlines() if "→" in line]
     assert calls_shown == ['add {"a": 0}   1   0.25 s', 'add {"a": 1}   Error: no   1.50 s', 'add {"a": 2}   not run']
     turns = [

@@ -16,14 +16,17 @@ asyncrl.train(asyncrl.environment_rollout(Guess, max_turns=5), dataset=rows, con
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import anyio
+import structlog
 from anyio.lowlevel import RunVar
 
 from asyncrl.errors import RolloutContractError
+from asyncrl.rollout.failures import brief, describe
 from asyncrl.types import Rollout
 from asyncrl.workers import Threads
 
@@ -36,6 +39,8 @@ ENVIRONMENT_THREADS = 64
 """Environments that are not async and compute at once, in one run."""
 CLOSE_TIMEOUT_S = 5.0
 LIMIT = "(step_timeout_s of environment_rollout)"
+
+log = structlog.get_logger(__name__)
 
 _pool: RunVar[Threads] = RunVar("asyncrl_environment_threads")
 
@@ -52,6 +57,15 @@ class Step:
     """The episode is over."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """Anything JSON can hold; that of the last step goes to the rollout log."""
+
+    def __post_init__(self) -> None:
+        """Here, where the traceback shows the line that made it. Raises RolloutContractError."""
+        if not isinstance(self.info, Mapping):
+            raise RolloutContractError(f"the info of a Step is {brief(self.info)}. Expected a dict, or nothing.")
+        try:
+            math.isfinite(self.reward)  # asks for a number; whether it is finite is asked of the whole rollout's
+        except (TypeError, ValueError, OverflowError):
+            raise RolloutContractError(f"the reward of a Step is {brief(self.reward)}. Expected a number.") from None
 
 
 class Environment(Protocol):
@@ -96,6 +110,12 @@ def environment_rollout(
         chat: Anything else that `policy.chat` takes, such as `max_tokens`.
     """
 
+    if not callable(make):
+        raise RolloutContractError(
+            f"environment_rollout was given {brief(make)}. Expected the class of an environment, or a function that "
+            "makes one: each rollout plays in its own."
+        )
+
     async def rollout(prompt: Prompt) -> Rollout:
         host = await _Host.open(make, step_timeout_s)
         try:
@@ -103,8 +123,13 @@ def environment_rollout(
             opening.append({"role": "user", "content": await host.reset(prompt)})
             episode = _Episode(prompt.policy.chat(opening, max_turns=max_turns, **chat))
             await episode.play(host, action, max_turns)
-        finally:
-            await host.close()
+        except BaseException:
+            try:
+                await host.close()
+            except Exception as error:  # of the user's; what went wrong first says what becomes of the rollout
+                log.warning("an environment could not be closed after a failure", name=host.name, error=describe(error))
+            raise
+        await host.close()
         return episode.rollout(turn_rewards)
 
     return rollout
@@ -123,11 +148,11 @@ class _Host:
         return cls(await _call(make, getattr(make, "__name__", "make"), timeout_s), timeout_s)
 
     async def reset(self, prompt: Prompt) -> str:
-        return self._text(await self._call(self.environment.reset, prompt), "reset")
+        return self._text(await self._call("reset", self.environment.reset, prompt), "reset")
 
     async def step(self, action: str) -> Step:
         """Raises RolloutContractError: it returned something else than a `Step`."""
-        step = await self._call(self.environment.step, action)
+        step = await self._call("step", self.environment.step, action)
         if not isinstance(step, Step):
             raise RolloutContractError(
                 f"{self.name}.step returned a {type(step).__name__}. Expected asyncrl.Step(observation, reward, done)."
@@ -141,10 +166,10 @@ class _Host:
         if close is not None:
             self._timeout_s = min(self._timeout_s, CLOSE_TIMEOUT_S)
             with anyio.CancelScope(shield=True):
-                await self._call(close)
+                await self._call("close", close)
 
-    async def _call(self, method: Callable[..., T | Awaitable[T]], *args: Any) -> T:
-        return await _call(method, f"{self.name}.{method.__name__}", self._timeout_s, *args)
+    async def _call(self, name: str, method: Callable[..., T | Awaitable[T]], *args: Any) -> T:
+        return await _call(method, f"{self.name}.{name}", self._timeout_s, *args)
 
     def _text(self, observation: object, method: str) -> str:
         if not isinstance(observation, str):

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 import asyncrl
 from asyncrl.data import Prompt
@@ -193,3 +196,50 @@ async def test_what_is_no_step_and_no_text_is_refused(speak: Any) -> None:
         await asyncrl.environment_rollout(Bare)(ask(policy))
     with pytest.raises(RolloutContractError, match=r"Numbers\.reset is a int\. Expected text"):
         await asyncrl.environment_rollout(Numbers)(ask(policy))
+
+
+@pytest.mark.parametrize("fields", [{"reward": None}, {"reward": "1.0"}, {"info": None}, {"info": [1]}], ids=str)
+def test_a_step_that_is_none_is_refused_where_it_is_made(fields: dict[str, Any]) -> None:
+    (name,) = fields
+    with pytest.raises(RolloutContractError, match=rf"the {name} of a Step is .* Expected a"):
+        asyncrl.Step("No.", **fields)
+
+
+async def test_rewards_may_be_numbers_of_any_kind(speak: Any) -> None:
+    class Numpy(Guess):
+        def step(self, action: str) -> asyncrl.Step:
+            return asyncrl.Step("Right.", reward=np.float32(0.5), done=True)
+
+    policy, _ = speak(f"3{END}")
+    assert (await asyncrl.environment_rollout(Numpy)(ask(policy))).reward == 0.5
+
+
+def test_an_object_in_place_of_its_class_is_refused_at_once() -> None:
+    with pytest.raises(RolloutContractError, match=r"environment_rollout was given .*Guess.* Expected the class"):
+        asyncrl.environment_rollout(Guess())  # type: ignore[arg-type]
+
+
+async def test_methods_need_no_name_of_their_own(speak: Any) -> None:
+    class Partial(Guess):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step = functools.partial(super().step)  # type: ignore[method-assign]
+
+    policy, _ = speak(f"3{END}")
+    assert (await asyncrl.environment_rollout(Partial)(ask(policy))).reward == 1.0
+
+
+async def test_the_first_failure_counts_where_closing_fails_too(speak: Any) -> None:
+    """A step that timed out has the rollout drawn again, also when the world it leaves behind cannot be closed."""
+
+    class Lost(Guess):
+        def step(self, action: str) -> asyncrl.Step:
+            raise ConnectionError("lost")
+
+        def close(self) -> None:
+            raise RuntimeError("not open")
+
+    policy, _ = speak(f"3{END}")
+    with capture_logs() as logs, pytest.raises(ConnectionError, match="lost"):
+        await asyncrl.environment_rollout(Lost)(ask(policy))
+    assert [(entry["name"], entry["error"]) for entry in logs] == [("Lost", "RuntimeError: not open")]

@@ -91,7 +91,7 @@ class Policy:
     Temperature, top-p and top-k are those of `Config.sampling`: the trainer has to know them.
     """
 
-    __slots__ = ("_asked", "_captured", "_context", "_key", "_pinned", "_session", "calls", "oldest_version")
+    __slots__ = ("_asked", "_captured", "_context", "_ended", "_key", "_pinned", "_session", "calls", "oldest_version")
 
     def __init__(self, context: PolicyContext, session: str | int, version: int | None = None) -> None:
         self._context = context
@@ -100,6 +100,7 @@ class Policy:
         self._captured: Conversation | None = None
         self._key: str | None = None
         self._asked: Counter[bytes] | None = None
+        self._ended = False
         self.oldest_version: int | None = None
         """The oldest weights that drew a token for this handle; None before the first."""
         self.calls: list[float] = []
@@ -136,9 +137,10 @@ class Policy:
 
         Raises:
             ContextFull: there is no room for one more token.
-            RolloutContractError: there are no tokens, or something else than token ids.
+            RolloutContractError: there are no tokens, or something else than token ids; or the rollout has ended.
             SamplerRequestError: the sampler refused or lost this request.
         """
+        self._refuse_if_ended()
         context = self._context
         token_ids = _flat("generate", token_ids)
         room = context.max_seq_len - len(token_ids)
@@ -202,6 +204,7 @@ class Policy:
             RolloutContractError: no token to score, or none before it, or too many; or something else than token ids.
             SamplerRequestError: the sampler refused or lost this request.
         """
+        self._refuse_if_ended()
         context = self._context
         token_ids = _flat("score", token_ids)
         if not 1 <= start < len(token_ids) < context.max_seq_len:
@@ -275,6 +278,7 @@ class Policy:
     def openai_api_key(self) -> str:
         """The key of this rollout, for either kind of client. It ends with the rollout."""
         if self._key is None:
+            self._refuse_if_ended()
             self._key = self._endpoint.register(self)
         return self._key
 
@@ -317,9 +321,17 @@ class Policy:
         )
 
     def close(self) -> None:
-        """The rollout has ended: its key is void, and calls that are still under way are broken off."""
+        """The rollout has ended: nothing more is drawn, its key is void, and calls of it under way are broken off."""
+        self._ended = True
         if self._key is not None:
             self._endpoint.revoke(self._key)
+
+    def _refuse_if_ended(self) -> None:
+        if self._ended:
+            raise RolloutContractError(
+                "this rollout has ended, and nobody would train on what its policy draws now. Await every task that "
+                "the rollout function starts before it returns."
+            )
 
     @property
     def _endpoint(self) -> Endpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -24,7 +25,7 @@ def as_text(result: Any, most_chars: int) -> str:
     if isinstance(result, str):
         text = str.__str__(result)  # a subclass may mean something else by `len` and slices
         return _cut(text, most_chars, len(text))
-    return _cut(to_json(_Shortened(most_chars).of(result), fallback=str).decode(), most_chars, None)
+    return _cut(to_json(_Shortened(most_chars).of(result), fallback=_plain).decode(), most_chars, None)
 
 
 def error_text(error: BaseException, most_chars: int) -> str:
@@ -37,6 +38,13 @@ def error_text(error: BaseException, most_chars: int) -> str:
         said = f"(its message cannot be read: {type(worse).__name__})"
     text = f"Error: {type(error).__name__}{': ' if said else ''}{said}"
     return _cut(text, most_chars, len(text))
+
+
+def _plain(value: Any) -> int | float | str:
+    """What JSON does not know: the numbers of numpy and the like as numbers, anything else in its own words."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else str(value)
 
 
 def _cut(text: str, most_chars: int, length: int | None) -> str:

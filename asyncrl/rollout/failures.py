@@ -134,9 +134,10 @@ def is_ours(error: BaseException) -> bool:
 
 def _in_users_function(error: BaseException) -> TracebackType | None:
     """The traceback from the user's function on; the frames that called it say nothing. None: it did not come there."""
-    here = str(Path(__file__).parent)
+    here = Path(__file__).parent
+    callers = str(here), str(here.with_name("workers.py"))
     trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(here):
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(callers):
         trace = trace.tb_next
     return trace
 

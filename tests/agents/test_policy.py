@@ -78,6 +78,18 @@ async def test_a_pinned_handle_stays_on_its_version(speak) -> None:
     assert sampler.requests[0].version == 0
 
 
+async def test_a_rollout_that_has_ended_draws_no_more(speak) -> None:
+    policy, sampler = speak("hi<|im_end|>")
+    chat = policy.chat("x")
+    policy.close()
+    for late in (policy.generate([1]), policy.score([1, 2], 1), chat.run()):
+        with pytest.raises(RolloutContractError, match="this rollout has ended"):
+            await late
+    with pytest.raises(RolloutContractError, match="this rollout has ended"):
+        _ = policy.openai_api_key
+    assert sampler.requests == []
+
+
 async def test_a_completion_that_was_broken_off_is_no_completion(speak) -> None:
     policy, _ = speak(Completion([1], [0.0], [0], "abort"))
     with pytest.raises(SamplerRequestError, match="after 1 tokens") as caught:

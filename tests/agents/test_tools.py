@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 import structlog
 from pydantic import BaseModel, Field
@@ -470,6 +471,7 @@ def endless() -> Iterator[int]:
         ({Point: {1}}, "{\"<class 'tests.agents.test_tools.Point'>\":[1]}"),
         (object, "\"<class 'object'>\""),
         (float("nan"), "NaN"),
+        ([np.float32(2.5), np.int64(3)], "[2.5,3]"),
     ],
 )
 async def test_results_of_every_kind(value: Any, text: str) -> None:

@@ -26,6 +26,7 @@ from asyncrl.interrupt import Interrupt, run_interruptible
 from asyncrl.last_resort import LastResort
 from asyncrl.lives import Resume, open_life
 from asyncrl.measure import concurrency_alone, make_evaluator
+from asyncrl.metrics.lag import LagMeter, watch_lag
 from asyncrl.metrics.live import LiveView, Mode
 from asyncrl.model_facts import load_tokenizer, read_facts
 from asyncrl.result import TrainResult
@@ -174,6 +175,7 @@ async def evaluate_async(
             facts = await asyncio.to_thread(read_facts, config.model, config.max_seq_len)
             with watchdog.phase("opening the sampler", limit_s=LOAD_LIMIT_S):
                 sampler = await stack.enter_async_context(open_sampler(config, facts, logs))
+            stack.callback(asyncio.create_task(watch_lag(LagMeter()), name="asyncrl lag monitor").cancel)
             function = await stack.enter_async_context(open_rollout(rollout, setup))
             if (weights := evaluated_weights(config, adapter, sampler)) is not None:
                 await sampler.publish(weights)

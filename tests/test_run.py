@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import asyncrl
@@ -345,6 +347,19 @@ async def test_train_async_inside_a_running_loop(make_config: MakeConfig) -> Non
     assert result.steps == 2
     config = Config(**SMALL | {"model": str(result.model_dir), "run_dir": result.run_dir})
     assert (await evaluate_async(rollout, dataset=HELD_OUT, config=config)).n == 10
+
+
+async def test_an_evaluation_says_what_blocks_its_loop(make_config: MakeConfig) -> None:
+    from asyncrl.run import evaluate_async
+
+    async def blocks(prompt: asyncrl.Prompt) -> asyncrl.Rollout:
+        if prompt.index == 0:
+            time.sleep(0.5)  # noqa: ASYNC251 - the fault that is to be seen
+        return await rollout(prompt)
+
+    with capture_logs() as logs:
+        assert (await evaluate_async(blocks, dataset=HELD_OUT, config=make_config())).n == 10
+    assert any("blocked for" in entry["event"] and "test_run.py" in entry["event"] for entry in logs)
 
 
 async def test_train_inside_a_running_loop_names_the_other_one(make_config: MakeConfig) -> None:

@@ -86,6 +86,7 @@ class Chat:
         self._node = conversation.transcript.root
         self._unread = list(self.messages)  # messages that are not in the transcript yet
         self._tool_seconds: list[float] = []
+        self._speaking = False
 
     async def run(self) -> str:
         """Let the model speak and call tools until it answers or must stop. Returns the text of its last turn.
@@ -108,6 +109,18 @@ class Chat:
                 opening messages alone are longer than `max_seq_len`.
             LimitReached: a limit with `on_limit` `error`, or one that leaves nothing to train.
         """
+        if self._speaking:
+            raise RolloutContractError(
+                "this chat is in the middle of a turn, and a conversation has one at a time. Await it first; for "
+                "several ways on at once give each its own `chat.fork()`."
+            )
+        self._speaking = True
+        try:
+            return await self._step(user_message)
+        finally:
+            self._speaking = False
+
+    async def _step(self, user_message: str | None) -> str:
         self._admit(user_message)
         place = self._conversation.after(self._node, self._unread, self.messages, self._schemas)
         room = self._policy.max_seq_len - self._conversation.transcript.length_to(place.node) - len(place.context)

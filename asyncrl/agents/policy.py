@@ -301,7 +301,7 @@ class Policy:
         """What the rollout function returns after an agent program has used the endpoint.
 
         Exact to the token; conversations beside each other (sub-agents, branches, a rewritten history) become segments
-        of one run. `turn_rewards`: one for each call that was answered, in order. `info` goes to the rollout log.
+        of one run. `turn_rewards`: one for each answer that was drawn, in order. `info` goes to the rollout log.
 
         Raises:
             RolloutContractError: no call under this rollout's key was answered.

@@ -233,6 +233,26 @@ async def test_steps_by_hand_and_users_between_them(speak, tokenizer) -> None:
     assert tokenizer.decode(chat.sample(reward=0.0).tokens) + "\n" == full
 
 
+async def test_two_turns_at_once_are_for_forks(speak) -> None:
+    policy, sampler = speak(call("pause") + END, f"a{END}", f"b{END}")
+    ready, go_on = asyncio.Event(), asyncio.Event()
+
+    async def pause() -> None:
+        """Wait."""
+        ready.set()
+        await go_on.wait()
+
+    chat = policy.chat("x", tools=[pause])
+    first = asyncio.create_task(chat.run())
+    await ready.wait()
+    with pytest.raises(RolloutContractError, match=r"middle of a turn.*chat\.fork\(\)"):
+        await chat.run()
+    go_on.set()
+    assert await first == "a"
+    assert len(sampler.requests) == 2
+    assert await chat.step("and?") == "b"
+
+
 async def test_a_user_may_speak_after_tool_results(speak, tokenizer) -> None:
     policy, _ = speak(call("add", a=1, b=1) + END, f"2{END}")
     chat = policy.chat("1+1?", tools=[add])

@@ -54,7 +54,7 @@ class Tool(Generic[P, R]):
 
     Raises:
         ToolError: the signature has `*args`, `**kwargs`, positional-only or unannotated parameters, or a
-            type that JSON cannot express; or the function yields.
+            type that JSON cannot express; or the function yields; or a limit is none.
     """
 
     def __init__(
@@ -65,6 +65,9 @@ class Tool(Generic[P, R]):
         max_output_chars: int = 8000,
         signature: Signature | None = None,
     ) -> None:
+        for name, limit in (("timeout_s", timeout_s), ("max_output_chars", max_output_chars)):
+            if not isinstance(limit, int | float) or not limit > 0:
+                raise ToolError(f"{name} of a tool is {brief(limit)}. Expected a number above 0.")
         self.function = function.__func__ if isinstance(function, staticmethod) else function
         self.timeout_s = timeout_s
         """Longest call. The thread of a synchronous function cannot be stopped; its result is then thrown away."""

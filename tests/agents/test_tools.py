@@ -175,6 +175,12 @@ def test_what_is_no_list_of_tools_is_refused(given: Any) -> None:
         collect_tools(given)
 
 
+@pytest.mark.parametrize("limit", [{"timeout_s": None}, {"timeout_s": 0}, {"max_output_chars": -1}], ids=str)
+def test_a_limit_that_is_none_is_refused_when_the_tool_is_made(limit: Any) -> None:
+    with pytest.raises(ToolError, match=f"{next(iter(limit))} of a tool is .*Expected a number above 0"):
+        tool(**limit)(Shop().close)
+
+
 def test_two_tools_of_one_name_are_refused() -> None:
     assert list(collect_tools([search, search])) == ["search"]
     with pytest.raises(ToolError, match="two tools are called 'buy'"):

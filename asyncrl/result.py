@@ -77,8 +77,8 @@ class TrainResult:
         return (
             f"warning: nothing was trained. Of {self.ledger['admitted']} groups, {self.ledger['filtered']} were "
             "filtered, because all rollouts of the group had the same reward, and "
-            f"{self.ledger['rejected']} were rejected, because too few of its rollouts gave a sample. Look at the "
-            "rewards of your rollout function, or start from a model that sometimes succeeds."
+            f"{self.ledger['rejected']} were rejected, because too few of its rollouts gave a sample. Look at "
+            "what your rollout function returns, and at its rewards, or start from a model that sometimes succeeds."
         )
 
     def what_was_better(self) -> str | None:

@@ -6,10 +6,17 @@ import asyncio
 import math
 from dataclasses import dataclass
 
+import structlog
+
 from asyncrl.errors import RolloutTimeout
 from asyncrl.rollout.group import Member
 from asyncrl.storage.timeline import CUT_OFF, DONE, DROPPED, FAILED, PACK_ATTEMPT, TIMED_OUT, Timeline
 from asyncrl.types import RolloutRun
+
+ONLY_DROPS = 50
+"""So many draws dropped, and not one sample: hardly on purpose."""
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
@@ -32,6 +39,16 @@ class Counts:
     """Of the attempts that ended."""
     model_s: float = 0.0
     """The part of it in calls of the model. Calls beside each other count once each."""
+
+    def drop(self) -> None:
+        """The rollout function has returned None."""
+        self.dropped += 1
+        if self.dropped == ONLY_DROPS and not self.reward_count:
+            log.warning(
+                f"the rollout function has returned None {ONLY_DROPS} times, and nothing else",
+                meaning="each None drops a draw, so there is nothing to train on",
+                to_do="does it forget its `return`? It returns chat.sample(reward), or policy.captured_run(reward)",
+            )
 
     def since(self, before: Counts) -> Counts:
         """What has happened since `before`, a copy that was made then."""

@@ -317,7 +317,7 @@ class Scheduler:
             else:
                 if run is not None:
                     return run
-                self.counts.dropped += 1
+                self.counts.drop()
                 lost = member.abandoned or member.attempt >= self.failures.retries
             if lost:
                 return None

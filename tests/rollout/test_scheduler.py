@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from asyncrl.config import Config
 from asyncrl.data import Prompt
@@ -187,6 +188,19 @@ def test_an_unknown_exception_ends_the_run_with_the_prompt_and_the_users_traceba
     assert "in buggy_reward" in message
     assert "ValueError: could not convert string to float: 'x'" in message
     assert "rollout.on_error='drop'" in message
+
+
+@pytest.mark.parametrize("forgets", [True, False])
+def test_a_function_that_returns_nothing_but_none_is_told_of(forgets: bool) -> None:
+    async def rollout(prompt: Prompt) -> RolloutSample | None:
+        await asyncio.sleep(0.1)
+        return None if forgets or prompt.rollout_index else sample(prompt)
+
+    with capture_logs() as logs:
+        run(rollout, rows=40)
+    assert [entry["event"] for entry in logs if "None" in entry["event"]] == [
+        "the rollout function has returned None 50 times, and nothing else"
+    ] * forgets
 
 
 def test_what_the_function_asked_for_wrongly_comes_with_its_traceback_and_is_no_sample() -> None:

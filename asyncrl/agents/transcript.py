@@ -11,11 +11,12 @@ the first of them only.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
 from asyncrl.errors import RolloutContractError
+from asyncrl.rollout.failures import brief
 from asyncrl.types import Completion, Rollout, RolloutRun, RolloutSample
 
 REALIGNED = "realigned tokens"
@@ -139,6 +140,8 @@ class Transcript:
                 "this chat holds no token that the policy drew, so there is nothing to train on. "
                 "Await chat.run() or chat.step() before chat.sample(...)."
             )
+        if turn_rewards is not None and (not isinstance(turn_rewards, Sized) or isinstance(turn_rewards, Mapping)):
+            raise RolloutContractError(f"turn_rewards is {brief(turn_rewards)}. Expected a list, one for each turn.")
         if turn_rewards is not None and len(turn_rewards) != len(self._order):
             raise RolloutContractError(
                 f"there are {len(turn_rewards)} turn rewards, but the policy spoke {len(self._order)} turns. "

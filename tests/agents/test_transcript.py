@@ -71,6 +71,9 @@ def test_turn_rewards_go_where_their_turns_are_trained() -> None:
     assert (one.turn_rewards, two.turn_rewards) == ([0.1, 0.2], [0.3])
     one, two = segments(transcript, turn_rewards=[None, None, 0.3])
     assert (one.turn_rewards, two.turn_rewards) == ([None, None], [0.3])
+    for wrong in (1.0, {0: 1.0, 1: 1.0, 2: 1.0}):
+        with pytest.raises(RolloutContractError, match=r"turn_rewards is .* Expected a list, one for each turn"):
+            segments(transcript, turn_rewards=wrong)
     with pytest.raises(RolloutContractError, match="2 turn rewards, but the policy spoke 3 turns"):
         transcript.rollout(1.0, {}, [1.0, 2.0])
 

@@ -124,6 +124,8 @@ class _Measurement:
             if not isinstance(found, BaseException):
                 if found is not None:
                     self.breaker.succeeded()
+                else:
+                    log.info("an evaluation rollout failed", row=index, error="the rollout function returned None")
                 return found
             if self._judge(found, index, attempt):
                 return None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from asyncrl.agents.policy import Policy, PolicyContext
 from asyncrl.assemble import assemble
@@ -417,8 +418,10 @@ class TestEvaluator:
         async def half(prompt: Prompt) -> RolloutSample | None:
             return None if prompt.index % 2 else RolloutSample([0, 1], [0.0, -1.0], [0, 1], 0.5)
 
-        result = self.measure(half, samples=3)
+        with capture_logs() as logs:
+            result = self.measure(half, samples=3)
         assert (result.n, result.failed, result.mean) == (12, 12, 0.5)
+        assert [entry["error"] for entry in logs] == ["the rollout function returned None"] * 12
 
     def test_a_sample_that_cannot_be_used(self) -> None:
         async def wrong(prompt: Prompt) -> Any:

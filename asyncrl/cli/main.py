@@ -81,10 +81,18 @@ def _print_error(error: AsyncRLError) -> None:
     Console(stderr=True, highlight=False).print(Text.assemble(("error: ", "bold red"), said), soft_wrap=True)
 
 
+class _ShowVersions(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        _version(argparse.Namespace())
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="asyncrl", allow_abbrev=False, description="Train language models on asynchronous rollouts."
     )
+    about = "show the versions of asyncrl, torch, transformers, vLLM"
+    parser.add_argument("--version", action=_ShowVersions, nargs=0, help=about)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -153,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     promote.add_argument("--merge", action="store_true", help="lay the LoRA adapter into its base model")
     promote.add_argument("--base-model", metavar="MODEL", help="where it is now (default: where it was)")
     command("doctor", "Show what is installed, what a run would use, and how to mend what is missing.")
-    command("version", "Show the version.")
+    command("version", "The same as --version.")
     return parser
 
 
@@ -361,8 +369,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _version(arguments: argparse.Namespace) -> int:
     import asyncrl
+    from asyncrl.storage.environment import versions
 
-    print(f"asyncrl {asyncrl.__version__}")
+    print("asyncrl", asyncrl.__version__)
+    for name, version in versions().items():
+        if name != "asyncrl":  # what is imported counts
+            print(name, version)
     return 0
 
 

@@ -171,7 +171,20 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     import asyncrl
 
     assert main(["version"]) == 0
-    assert capsys.readouterr().out == f"asyncrl {asyncrl.__version__}\n"
+    said = capsys.readouterr().out
+    first, *others = said.splitlines()
+    assert first == f"asyncrl {asyncrl.__version__}"
+    assert {"torch", "transformers"} <= {line.split()[0] for line in others}
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == said
+
+
+def test_versions_load_nothing_heavy() -> None:
+    code = "import sys\nfrom asyncrl.cli.main import main\nmain(['version'])\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_help_loads_nothing_heavy() -> None:

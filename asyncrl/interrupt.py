@@ -26,7 +26,7 @@ from asyncrl.workers import refuse_in_worker
 LEFTOVER_LIMIT_S = 5.0
 TOGETHER_S = 0.2
 """GNU timeout and some batch systems send SIGTERM to the process and to its group: what comes together is one wish."""
-STOPPING = "stopping after this step; once more stops at once"
+STOPPING = "stopping{}; once more stops at once"
 STDERR = 2
 
 T = TypeVar("T")
@@ -112,8 +112,12 @@ def stop_on_signals(
     interrupt.owns_process = True
     asked_at: float | None = None
 
+    def stopping() -> str:
+        cancelled = interrupt.stop is None and interrupt.task is not None
+        return STOPPING.format("" if cancelled else " after this step")
+
     def ask() -> None:
-        print(f"\n{STOPPING}", file=sys.stderr, flush=True)  # which a live view shows above itself
+        print(f"\n{stopping()}", file=sys.stderr, flush=True)  # which a live view shows above itself
         interrupt()
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -123,7 +127,7 @@ def stop_on_signals(
             if loop is not None:
                 loop.call_soon_threadsafe(ask)
             else:
-                _say(STOPPING)
+                _say(stopping())
                 interrupt()
         elif number == signal.SIGINT or (number == signal.SIGTERM and time.monotonic() - asked_at > TOGETHER_S):
             _say(f"stopping at once, with exit code {CUT_SHORT}")

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from asyncrl.rollout.counts import MEND_REWARDS, not_trained
+
 if TYPE_CHECKING:
     from asyncrl.rollout.estimate import EvalResult
     from asyncrl.rollout.evaluations import Evaluated
@@ -72,14 +74,26 @@ class TrainResult:
 
     def why_nothing_was_trained(self) -> str | None:
         """A warning for whoever waited for nothing."""
-        if self.steps or self.interrupted:
+        filtered, rejected = self.ledger["filtered"], self.ledger["rejected"]
+        if self.steps or not filtered + rejected:
             return None
-        return (
-            f"warning: nothing was trained. Of {self.ledger['admitted']} groups, {self.ledger['filtered']} were "
-            "filtered, because all rollouts of the group had the same reward, and "
-            f"{self.ledger['rejected']} were rejected, because too few of its rollouts gave a sample. Look at "
-            "what your rollout function returns, and at its rewards, or start from a model that sometimes succeeds."
-        )
+        why = not_trained(filtered, rejected)
+        return f"warning: nothing was trained. Of {self.ledger['admitted']:,} groups, {why}: {MEND_REWARDS}."
+
+    def why_no_more(self, max_steps: int | None) -> str | None:
+        """For whoever expected more steps than there were."""
+        if self.interrupted or self.ended_early or not self.steps:
+            return None
+        if max_steps is not None and self.steps < max_steps:
+            return (
+                f"the data ended after {self.steps} steps, before max_steps={max_steps}: for more, give more rows, or "
+                "raise data.epochs"
+            )
+        if self.resumed_from == self.steps:
+            return f"nothing was left to train: the run had its {self.steps} steps before. For more, raise " + (
+                "data.epochs" if max_steps is None else "max_steps"
+            )
+        return None
 
     def what_was_better(self) -> str | None:
         """For whoever would rather have an earlier model: the best evaluation, where the last one is another."""

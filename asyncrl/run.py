@@ -108,28 +108,26 @@ async def train_async(
         facts = await asyncio.to_thread(read_facts, config.model, config.max_seq_len)
     total_steps = steps_at_most(config, len(rows))
     _silence_progress_bars()
-    with (
-        open_life(config, rows, resume) as life,
-        open_log(life.folder.log),
-        LiveView(Path(config.model).name, total_steps, mode=view) as live,
-    ):
-        live.note(f"run folder: {life.folder.root}")
-        from asyncrl.training.thread import ThreadedTrainer  # what its imports have to say goes into the log
+    with open_life(config, rows, resume) as life, open_log(life.folder.log):
+        with LiveView(Path(config.model).name, total_steps, mode=view) as live:
+            live.note(f"run folder: {life.folder.root}")
+            from asyncrl.training.thread import ThreadedTrainer  # what its imports have to say goes into the log
 
-        watchdog = Watchdog(config.stall_timeout_s, life.folder.root / "stalled.txt")
-        live.doing = lambda: watchdog.doing
-        run = TrainingRun(life.config, facts, life, live, interrupt, watchdog, ThreadedTrainer, total_steps)
-        try:
-            with (
-                full_disk_named(life.folder.root),
-                LastResort(watchdog, interrupt, config.stop_timeout_s),
-                watchdog.phase("opening what it needs"),  # whatever has no phase of its own
-            ):
-                result = await run.run(rollout, rows, measure)
-        except AsyncRLError as error:
-            run.conclude_failure(error)
-            raise
-        run.conclude(result)
+            watchdog = Watchdog(config.stall_timeout_s, life.folder.root / "stalled.txt")
+            live.doing = lambda: watchdog.doing
+            run = TrainingRun(life.config, facts, life, live, interrupt, watchdog, ThreadedTrainer, total_steps)
+            try:
+                with (
+                    full_disk_named(life.folder.root),
+                    LastResort(watchdog, interrupt, config.stop_timeout_s),
+                    watchdog.phase("opening what it needs"),  # whatever has no phase of its own
+                ):
+                    result = await run.run(rollout, rows, measure)
+            except AsyncRLError as error:
+                run.conclude_failure(error)
+                raise
+        with full_disk_named(life.folder.root):
+            run.conclude(result)  # below the panel: what is said last is read first
     return result
 
 

@@ -163,6 +163,8 @@ class TrainingRun:
     async def _load(self, trainer: Trainer, sampler: Sampler) -> None:
         """Bring the trainer to where the run, or another one, had come."""
         resumed, first = self.life.checkpoint, self.config.checkpoint.init_from
+        if resumed is None and self.life.number:
+            self.live.note("there is no checkpoint yet: the run begins again from its start")
         # A KL refers to them all along, and so may the sampler.
         if first is not None and (resumed is None or self.config.kl_beta or self._keeps_first):
             source = resolve(first, self.life.folder.root.parent)
@@ -413,6 +415,7 @@ class TrainingRun:
             self.live.note(where_time_went(self.account))
         for remark in (
             result.why_nothing_was_trained(),
+            result.why_no_more(self.config.max_steps),
             result.what_was_better(),
             result.how_to_go_on(by_command=by_command),
         ):

@@ -241,6 +241,7 @@ def test_while_the_model_loads(start: Callable[..., Run]) -> None:
     run.until(run.says("LOADING"))
     run.send(signal.SIGINT)
     assert run.end() == INTERRUPTED
+    assert "stopping; once more stops at once" in run.errors(), "there is no step to finish"
     assert "Traceback" not in run.errors()
     assert not (run.folder / "model").exists()
 

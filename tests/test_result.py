@@ -30,7 +30,23 @@ def test_a_run_that_trained_nothing_says_why() -> None:
     assert RESULT.why_nothing_was_trained() is None
     nothing = replace(RESULT, steps=0, ledger={**LEDGER, "trained": 0, "filtered": 9})
     assert "Of 9 groups, 9 were filtered" in (nothing.why_nothing_was_trained() or "")
-    assert replace(nothing, interrupted=True).why_nothing_was_trained() is None
+    assert "rejected" not in (nothing.why_nothing_was_trained() or "")
+    assert replace(nothing, interrupted=True).why_nothing_was_trained() == nothing.why_nothing_was_trained()
+    dropped = replace(nothing, ledger={**LEDGER, "trained": 0, "filtered": 0, "rejected": 9})
+    assert "Of 9 groups, 9 were rejected" in (dropped.why_nothing_was_trained() or "")
+    early = replace(nothing, interrupted=True, ledger={**LEDGER, "trained": 0, "filtered": 0, "pending": 9})
+    assert early.why_nothing_was_trained() is None, "it was stopped before there was anything to say"
+
+
+def test_a_run_with_fewer_steps_than_were_asked_for_says_why() -> None:
+    assert RESULT.why_no_more(None) is RESULT.why_no_more(2) is None
+    assert "the data ended after 2 steps, before max_steps=3" in (RESULT.why_no_more(3) or "")
+    assert replace(RESULT, interrupted=True).why_no_more(3) is None
+    again = replace(RESULT, resumed_from=2)
+    assert "nothing was left to train" in (again.why_no_more(2) or "")
+    assert "raise max_steps" in (again.why_no_more(2) or "")
+    assert "raise data.epochs" in (again.why_no_more(None) or "")
+    assert replace(RESULT, resumed_from=1).why_no_more(2) is None
 
 
 def evaluated(version: int, reward: float) -> Evaluated:

@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         "Train as a config file says.",
         True,
-        "asyncrl train CONFIG.toml [--resume [WHICH]] [--section.field VALUE ...]",
+        "asyncrl train CONFIG.toml [--resume [WHICH]] [--quiet] [--section.field VALUE ...]",
     )
     train.add_argument("config", metavar="CONFIG.toml")
     _resume_argument(train)
@@ -125,12 +125,15 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
     resume = command(
-        "resume", "Go on with a run that ended early.", True, "asyncrl resume RUN[:WHICH] [--field VALUE ...]"
+        "resume",
+        "Go on with a run that ended early.",
+        True,
+        "asyncrl resume RUN[:WHICH] [--quiet] [--section.field VALUE ...]",
     )
     resume.add_argument("target", metavar="RUN[:WHICH]", help="run folder; WHICH is a checkpoint, such as step-000012")
     _quiet_argument(resume)
     for name, about in RECIPES.items():
-        usage = f"asyncrl {name} CONFIG.toml [--resume [WHICH]] [--field VALUE ...]"
+        usage = f"asyncrl {name} CONFIG.toml [--resume [WHICH]] [--quiet] [--field VALUE ...]"
         recipe = command(name, about, True, usage, page="supervised")
         recipe.add_argument("config", metavar="CONFIG.toml")
         _resume_argument(recipe)

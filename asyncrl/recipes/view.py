@@ -69,6 +69,6 @@ class RunView:
 
     def _line(self, text: str, *, last: bool) -> None:
         now = time.monotonic()
-        if self._mode == "auto" and not self._draws and (last or now - self._last_line_at >= LINE_INTERVAL_S):
+        if self._mode != "quiet" and not self._draws and (last or now - self._last_line_at >= LINE_INTERVAL_S):
             self._last_line_at = now
             self._console.print(escape(text), soft_wrap=True)

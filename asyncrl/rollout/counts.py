@@ -15,6 +15,10 @@ from asyncrl.types import RolloutRun
 
 ONLY_DROPS = 50
 """So many draws dropped, and not one sample: hardly on purpose."""
+FIRST_GROUPS = 32
+"""A model that sometimes succeeds has shown it by then."""
+
+MEND_REWARDS = "look at what your rollout function returns, and at its rewards, or start from a model that sometimes succeeds"
 
 log = structlog.get_logger(__name__)
 
@@ -53,6 +57,21 @@ class Counts:
     def since(self, before: Counts) -> Counts:
         """What has happened since `before`, a copy that was made then."""
         return Counts(*[getattr(self, name) - getattr(before, name) for name in self.__slots__])
+
+    def warn_of_no_signal(self) -> None:
+        """Call it after each group that is not trained. Without a first step nothing else would say what is wrong."""
+        if self.groups == FIRST_GROUPS == self.filtered + self.rejected:
+            log.warning(
+                f"none of the first {FIRST_GROUPS} groups can be trained: {not_trained(self.filtered, self.rejected)}",
+                to_do=MEND_REWARDS,
+            )
+
+
+def not_trained(filtered: int, rejected: int) -> str:
+    """Why groups are not trained, in words."""
+    parts = [f"{filtered:,} were filtered, because all rollouts of the group had the same reward"] if filtered else []
+    parts += [f"{rejected:,} were rejected, because too few of its rollouts gave a sample"] if rejected else []
+    return ", and ".join(parts)
 
 
 def record_attempt(

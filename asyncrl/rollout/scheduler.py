@@ -262,6 +262,7 @@ class Scheduler:
         )
 
     def _leave(self, sequence: int) -> None:
+        self.counts.warn_of_no_signal()
         self.budget.leave()
         self.queue.gone(sequence)
 

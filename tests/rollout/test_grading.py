@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 import asyncrl
 from asyncrl.config import Config
@@ -206,6 +208,27 @@ class TestPatience:
 
     def test_without_it_the_run_goes_to_the_end_of_its_data(self) -> None:
         assert fading(on_filtered="drop").ledger["admitted"] == 400
+
+    @pytest.mark.parametrize(
+        ("reward", "said"),
+        [
+            (lambda prompt: 1.0, ["32 were filtered, because all rollouts of the group had the same reward"]),
+            (lambda prompt: None, ["32 were rejected, because too few of its rollouts gave a sample"]),
+            (lambda prompt: float(prompt.index == 20 and prompt.rollout_index), []),
+        ],
+        ids=["equal rewards", "None", "one group teaches"],
+    )
+    def test_a_run_that_finds_no_signal_says_so_early(
+        self, reward: Callable[[Prompt], float | None], said: list[str]
+    ) -> None:
+        async def rollout(prompt: Prompt) -> RolloutSample | None:
+            earned = reward(prompt)
+            return None if earned is None else RolloutSample([1, 2], [0.0, -1.0], [0, 1], earned)
+
+        with capture_logs() as logs:
+            simulate(config(data={"shuffle": False}), rows=80, rollout=rollout, step_s=lambda: 0.1)
+        events = [entry["event"] for entry in logs if entry["event"].startswith("none of the first 32 groups")]
+        assert events == [f"none of the first 32 groups can be trained: {why}" for why in said]
 
     def test_a_requeued_prompt_does_not_keep_the_run_alive(self) -> None:
         outcome = fading(

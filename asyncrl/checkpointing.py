@@ -206,7 +206,7 @@ def given_up(folder: Checkpoints, step: int, error: OSError, last_step: int | No
     folder.abandon(step)
     if not folder.run.is_dir():
         raise EngineError(f"the run folder {folder.run} is gone, so nothing of this run could be kept.") from error
-    log.error("a checkpoint could not be written", step=step, error=repr(error))
+    log.info("a checkpoint could not be written", step=step, error=repr(error))
     kept = f"the newest is that of step {last_step}" if last_step is not None else "there is none yet"
     return f"warning: the checkpoint of step {step} could not be written ({error.strerror or error}); {kept}"
 

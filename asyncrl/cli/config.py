@@ -132,6 +132,10 @@ def read_toml(path: Path) -> Settings:
     """Raises `ConfigError` where it is not there, or no TOML."""
     try:
         text = path.read_text(encoding="utf-8")
+    except IsADirectoryError:
+        raise ConfigError(
+            f"{path} is a folder, and a config file was expected. A run goes on with: asyncrl resume {path}"
+        ) from None
     except FileNotFoundError:
         raise ConfigError(f"there is no config file {path}. The config file comes first, then settings.") from None
     except (OSError, UnicodeDecodeError) as error:

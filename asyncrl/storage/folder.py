@@ -120,8 +120,8 @@ class RunFolder:
         if found := folder.holds():
             raise ConfigError(
                 f"run_dir: {folder.root} already holds a run ({', '.join(found)}). "
-                "Resume it to go on with it. For another run choose a new folder, or leave run_dir out to get one each "
-                "time."
+                f"Resume it to go on with it (asyncrl resume {folder.root}, or resume=True). For another run choose a "
+                "new folder, or leave run_dir out to get one each time."
             )
         try:
             folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)

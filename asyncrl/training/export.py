@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import structlog
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -30,12 +35,13 @@ def write_folder(policy: PolicyModel, folder: Path, dtype: torch.dtype, merge: b
     """Write the model in `dtype`, or the adapter, to `folder`: beside it first, then renamed, so that whoever
     sees `folder` sees all of it. An older folder of that name is replaced.
 
-    `merge` writes the model that an adapter makes of its base. Raises `ModelError` where there is no such model.
+    `merge` writes the model that an adapter makes of its base. Raises `ModelError` where there is no such model, and
+    `OSError` where the disk is full.
     """
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    with quiet_progress():
+    with quiet_progress(), _disk_errors(unfinished):
         if policy.adapter is not None and not merge:
             # "auto" would look the base model up on the hub to see whether its embedding had been resized.
             policy.adapter.model.save_pretrained(str(unfinished), save_embedding_layers=False)
@@ -44,6 +50,21 @@ def write_folder(policy: PolicyModel, folder: Path, dtype: torch.dtype, merge: b
     if folder.exists():
         shutil.rmtree(folder)
     unfinished.rename(folder)
+
+
+@contextmanager
+def _disk_errors(unfinished: Path) -> Iterator[None]:
+    """The folder goes where it cannot be finished: half a model fills the rest of a full disk."""
+    try:
+        yield
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    except SafetensorError as error:  # it hides the system's error in its text: "... (os error 28)"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(unfinished)) from None
 
 
 def prune(folder: Path, newest: int, keep: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,21 @@ def test_tensors_of_a_full_fine_tune(kind: str) -> None:
     assert report.unexpected_keys == []
     assert report.missing_keys == (["lm_head.weight"] if kind == "qwen3" else [])  # tied: sent once
     agree(model, trainer.forward([TOKENS])[0])
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_full_disk_is_an_error_of_the_disk_and_leaves_nothing(rank: int, tmp_path: Path) -> None:
+    """Rust writes the tensors: its error is none of Python's."""
+    trainer = make_trainer("llama", lora={"rank": rank})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            trainer.save_model(tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tensors_of_an_adapter() -> None:

@@ -117,4 +117,5 @@ class TrainResult:
         end = "stopped cleanly" if self.interrupted else "ended early" if self.ended_early else "finished"
         why = f", because {self.ended_early}" if self.ended_early and not self.interrupted else ""
         model = f"model: {self.model_dir}" if saved else "the model was not saved (save_model)"
-        return f"{end} after {self.steps} steps and {self.rollouts} rollouts in {self.wall_s:.0f} s{why}; {model}"
+        steps = "1 step" if self.steps == 1 else f"{self.steps:,} steps"
+        return f"{end} after {steps} and {self.rollouts:,} rollouts in {self.wall_s:.0f} s{why}; {model}"

@@ -131,3 +131,15 @@ def test_the_command_does_not_wait_for_threads_that_never_end() -> None:
     done = script(code, capture_output=True)
     assert done.returncode == 0
     assert "does not wait for its threads any longer: of the rollout function" in done.stderr
+
+
+def test_a_ctrl_c_while_the_command_waits_for_threads_ends_it_at_once() -> None:
+    code = (
+        "import os, signal, sys, threading, time\nfrom asyncrl.cli import main\nsys.argv = ['asyncrl', 'version']\n"
+        "def press():\n"
+        "    while signal.getsignal(signal.SIGINT) is signal.default_int_handler:\n        time.sleep(0.001)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n    threading.Event().wait()\n"
+        "threading.Thread(target=press).start()\nmain.run()\n"
+    )
+    done = script(code, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")

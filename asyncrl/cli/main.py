@@ -34,6 +34,7 @@ def run() -> NoReturn:
     except SystemExit as end:  # a signal other than Ctrl-C, or arguments that cannot be understood
         code = end.code if isinstance(end.code, int) else FAILED
     threading.Thread(target=_leave, args=(code,), name="asyncrl end", daemon=True).start()
+    signal.signal(signal.SIGINT, lambda *_: os._exit(code))  # nobody has to wait for them
     sys.exit(code)
 
 

@@ -25,7 +25,9 @@ from asyncrl.standstill import STDLIB_DISTANCE, distance
 SLEEP_S = 0.05
 """20 wakes a second cost nothing that can be measured, and a block of 0.2 s cannot hide between two of them."""
 LONG_S = 0.2
-"""A pause of the garbage collector or a busy machine stays below it; every rollout and request waits that long."""
+"""A pause of the garbage collector stays below it; every rollout and request waits that long."""
+UNNAMED_S = 1.0
+"""Where nobody is found who held the loop up: a busy machine, which gave the process no time, stays below it."""
 WARN_EVERY_S = 60.0
 STUCK_S = 10.0
 """A loop that is blocked for so long may never come back to say so itself."""
@@ -43,12 +45,15 @@ class LagMeter:
         self._sum_s = 0.0
         self._warned_at: float | None = None
 
-    def observe(self, lag_s: float, now: float) -> bool:
-        """Count one lag. Returns whether to warn about it: it is long, and the last warning is a minute old."""
+    def observe(self, lag_s: float, now: float, *, named: bool = True) -> bool:
+        """Count one lag. Returns whether to warn about it: it is long, and the last warning is a minute old.
+
+        `named`: who held up the loop is known.
+        """
         self._largest_s = max(self._largest_s, lag_s)
         self._sum_s += lag_s
         due = self._warned_at is None or now - self._warned_at >= WARN_EVERY_S
-        if lag_s <= LONG_S or not due:
+        if lag_s <= (LONG_S if named else UNNAMED_S) or not due:
             return False
         self._warned_at = now
         return True
@@ -133,7 +138,7 @@ async def watch_lag(meter: LagMeter) -> None:
                 return
             now = loop.time()
             lag_s, blocker = now - began - SLEEP_S, culprit.tick()
-            if meter.observe(lag_s, now):
+            if meter.observe(lag_s, now, named=bool(blocker)):
                 _warn(lag_s, blocker, "was")
     finally:
         culprit.end()

@@ -15,7 +15,7 @@ import structlog
 
 from asyncrl.data import Prompt
 from asyncrl.metrics import lag
-from asyncrl.metrics.lag import LONG_S, SLEEP_S, WARN_EVERY_S, LagMeter, name_of, watch_lag
+from asyncrl.metrics.lag import LONG_S, SLEEP_S, UNNAMED_S, WARN_EVERY_S, LagMeter, name_of, watch_lag
 from asyncrl.testing.clock import run_virtual
 from asyncrl.testing.fakes import CountingTrainer, ScriptedSampler
 from asyncrl.types import RolloutSample
@@ -43,6 +43,12 @@ def test_a_long_lag_is_warned_about_once_a_minute() -> None:
     assert not meter.observe(3 * LONG_S, 5.0 + WARN_EVERY_S - 1)
     assert meter.observe(2 * LONG_S, 5.0 + WARN_EVERY_S)
     assert meter.take() == 3 * LONG_S
+
+
+def test_a_lag_that_nobody_is_found_to_have_made_has_to_be_longer() -> None:
+    meter = LagMeter()
+    assert not meter.observe(UNNAMED_S, 0.0, named=False)
+    assert meter.observe(2 * UNNAMED_S, 0.0, named=False)
 
 
 def blocking_tool() -> None:

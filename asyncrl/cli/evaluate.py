@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from asyncrl.cli.rollout_fn import load_rollout
 from asyncrl.cli.train import require_dataset
 from asyncrl.errors import ConfigError
 from asyncrl.storage.folder import RunFolder
+from asyncrl.storage.log import open_log
 
 
 def evaluate(
@@ -34,7 +36,8 @@ def evaluate(
 
     if not quiet:
         print(f"model: {config.model}\nrows: {rows}", flush=True)
-    result = measure(rollout, dataset=rows, config=config)
+    with open_log(Path(os.devnull)):  # warnings are printed
+        result = measure(rollout, dataset=rows, config=config)
     failed = f", {result.failed} more failed" if result.failed else ""
     print(f"mean reward {result.reward} (95%, {result.n} rollouts{failed})")
     for k, estimate in result.passes().items():

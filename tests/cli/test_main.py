@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import structlog
 
 from asyncrl.cli.main import main
 from asyncrl.errors import DataError, SamplerError, StallError
@@ -133,6 +134,22 @@ def test_eval_of_a_config(project: Path, calls: Calls, capsys: pytest.CaptureFix
         "pass@2 0.750 [0.256, 0.963]",
         "pass@4 1.000 [0.342, 1.000]",
     ]
+
+
+def test_warnings_of_an_evaluation_are_not_in_its_output(
+    project: Path, calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = calls.then
+
+    def warns() -> Any:
+        structlog.get_logger().warning("a tool raised", tool="calculator")
+        return honest()
+
+    calls.then = warns
+    assert main(["eval", str(project / "run.toml")]) == 0
+    said = capsys.readouterr()
+    assert said.err == "warning: a tool raised (tool=calculator)\n"
+    assert said.out.splitlines()[2].startswith("mean reward 0.500")
 
 
 def test_eval_takes_the_held_out_rows_of_the_config(project: Path, calls: Calls) -> None:

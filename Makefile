@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
-# Elsewhere than on Linux the plain torch is the CPU build; on Linux take it from PyTorch's CPU index unless told not to.
+# On Linux the plain torch brings CUDA along. Without a GPU the CPU build is a tenth of it:
+# make demo TORCH_INDEX='--index-url https://download.pytorch.org/whl/cpu'
 TORCH_INDEX ?=
 
 .PHONY: demo test bench check docs clean

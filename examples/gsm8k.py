@@ -2,7 +2,8 @@
 
     python examples/gsm8k.py --dataset train.jsonl --eval test.jsonl
 
-A row is `{"question": "...", "answer": "72"}`; answers of the original dataset, which end in `#### 72`, work too:
+A row is `{"question": "...", "answer": "72"}`; answers of the original dataset, which end in `#### 72`, work too
+(`pip install datasets`):
 
     datasets.load_dataset("openai/gsm8k", "main")["train"].to_json("train.jsonl")
 """

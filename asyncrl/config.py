@@ -342,6 +342,8 @@ def explain(error: ValidationError, settings: type[BaseModel] | None = None) -> 
             lines.append(str(fault["ctx"]["error"]))
         elif fault["type"] == "extra_forbidden":
             lines.append(f"{where}: there is no such setting. {_nearest(where, settings or Config)}")
+        elif fault["type"] == "model_type":
+            lines.append(f"{where}: found {fault['input']!r}, but it is a section. Name its settings below [{where}].")
         elif fault["type"] == "missing":
             lines.append(f"{where}: this setting is needed.")
         else:
@@ -365,11 +367,14 @@ def _nearest(path: str, settings: type[BaseModel]) -> str:
     import difflib
 
     names = list(_paths(settings))
+    sections = {name.rpartition(".")[0] for name in names} - {""}
     by_leaf = {name.rsplit(".", 1)[-1]: name for name in names}
     leaf = path.rsplit(".", 1)[-1]
-    close = difflib.get_close_matches(path, names, 1, 0.75) or [
-        by_leaf[match] for match in difflib.get_close_matches(leaf, list(by_leaf), 1, 0.75)
-    ]
+    close = (
+        difflib.get_close_matches(path, names, 1, 0.75)
+        or difflib.get_close_matches(path, sorted(sections), 1, 0.85)
+        or [by_leaf[match] for match in difflib.get_close_matches(leaf, list(by_leaf), 1, 0.75)]
+    )
     listed = "docs/configuration.md lists them all." if settings is Config else f"There are {', '.join(names)}."
     return f"Did you mean {close[0]!r}?" if close else listed
 

@@ -7,12 +7,13 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from asyncrl.errors import ConfigError
+from asyncrl.errors import AsyncRLError, ConfigError
 
 
 def is_reference(value: object) -> bool:
@@ -23,22 +24,29 @@ def is_reference(value: object) -> bool:
 def load_function(reference: str, setting: str, folder: Path | None = None) -> Callable[..., Any]:
     """Import what `setting` names. Files and modules are looked for from `folder`, or from where the user stands.
 
-    Their own imports are found from where they are, as if they were started as scripts. What their code raises
-    while it is imported is not caught: the traceback is the user's. Raises `ConfigError`.
+    Their own imports are found from where they are, as if they were started as scripts. Raises `ConfigError`; for what
+    their code raises while it is imported, with its traceback.
     """
     folder = folder or Path.cwd()
     source, colon, name = reference.rpartition(":")
     if not colon or not source or not name:
         raise ConfigError(f"{setting}: found {reference!r}, expected 'file.py:function' or 'module:function'.")
-    module = _load_file(folder / source, setting) if source.endswith(".py") else _load_module(source, folder, setting)
+    load = _load_file if source.endswith(".py") else _load_module
+    try:
+        module = load(source, folder, setting)
+    except AsyncRLError:
+        raise
+    except Exception as error:
+        said = _users_traceback(error)
+        raise ConfigError(f"{setting}: {reference!r} cannot be imported:\n{said}") from error
     found = _get(module, name, reference, setting)
     if not callable(found):
         raise ConfigError(f"{setting}: {reference!r} is a {type(found).__name__}, expected a function.")
     return found  # type: ignore[no-any-return]  # it is callable, which is all that can be known
 
 
-def _load_file(path: Path, setting: str) -> ModuleType:
-    path = path.resolve()
+def _load_file(file: str, folder: Path, setting: str) -> ModuleType:
+    path = (folder / file).resolve()
     if not path.is_file():
         raise ConfigError(f"{setting}: there is no file {path}. Paths are relative to the config file.")
     _search(path.parent)
@@ -69,6 +77,14 @@ def _load_module(name: str, folder: Path, setting: str) -> ModuleType:
             f"{setting}: there is no module {error.name!r} in {folder}, here, or installed. "
             "Use 'file.py:function' for a file."
         ) from None
+
+
+def _users_traceback(error: Exception) -> str:
+    """From the user's file on: the frames that import it say nothing."""
+    ours, trace = (__file__, importlib.__file__, "<frozen "), error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(ours):
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(type(error), error, trace)).rstrip()
 
 
 def _search(folder: Path) -> None:

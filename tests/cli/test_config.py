@@ -79,6 +79,14 @@ def test_faults_of_the_file_name_the_file(tmp_path: Path) -> None:
         load_config(path)
 
 
+def test_a_misspelt_section_and_a_section_without_settings(tmp_path: Path) -> None:
+    path = write(tmp_path, 'model = "m"\nstaleness = 3\n[optimiser]\nlearning_rate = 1e-3\n')
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert "optimiser: there is no such setting. Did you mean 'optimizer'?" in str(error.value)
+    assert "staleness: found 3, but it is a section. Name its settings below [staleness]." in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -176,7 +176,8 @@ def test_eval_of_a_run_folder_uses_its_model_and_config(project: Path, calls: Ca
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nonsense"], ["train"], ["doctor", "--seed", "1"], ["demo", "--sampler", "x"]]
+    "arguments",
+    [[], ["nonsense"], ["train"], ["doctor", "--seed", "1"], ["demo", "--sampler", "x"], ["demo", "--steps", "0"]],
 )
 def test_usage_errors_have_their_own_exit_code(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as error:

@@ -83,10 +83,23 @@ def test_what_cannot_be_used_is_named(folder: Path, reference: str | None, said:
         load_rollout(reference, folder)
 
 
-def test_the_users_own_errors_keep_their_traceback(folder: Path) -> None:
-    (folder / "rollout_fn_broken.py").write_text("import not_installed_anywhere\n")
-    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
-        load_rollout("rollout_fn_broken.py:rollout", folder)
-    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
-        load_rollout("rollout_fn_broken:rollout", folder)
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("import not_installed_anywhere\n", "No module named 'not_installed_anywhere'"),
+        ("async def rollout(prompt)\n", "SyntaxError: expected ':'"),
+        ("raise RuntimeError('boom')\n", "RuntimeError: boom"),
+    ],
+)
+@pytest.mark.parametrize("reference", ["rollout_fn_broken.py:rollout", "rollout_fn_broken:rollout"])
+def test_errors_of_the_users_file_are_named_with_the_users_part_of_the_traceback(
+    folder: Path, reference: str, source: str, said: str
+) -> None:
+    (folder / "rollout_fn_broken.py").write_text(source)
+    with pytest.raises(ConfigError) as error:
+        load_rollout(reference, folder)
+    first, *trace = str(error.value).splitlines()
+    assert first == f"rollout_fn: '{reference}' cannot be imported:"
+    assert trace[-1].endswith(said)
+    assert [line.split(", ")[1] for line in trace if line.startswith("  File")] == ["line 1"]
     assert "rollout_fn_broken" not in sys.modules

@@ -125,13 +125,16 @@ def test_a_finished_run_goes_on_when_it_gets_more_steps(make_config: MakeConfig)
     check_run(more.run_dir, 5)
 
 
-def test_a_run_without_a_checkpoint_begins_again(make_config: MakeConfig) -> None:
+def test_a_run_without_a_checkpoint_begins_again(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_config(checkpoint={"interval": 0, "final": False}, max_steps=4)
     with pytest.raises(RolloutFailed):
         asyncrl.train(Rollout(fails_at=60), dataset=ROWS, config=config)
-    result = asyncrl.train(Rollout(), dataset=ROWS, config=config, resume=True)
+    result = asyncrl.train(Rollout(), dataset=ROWS, config=config, resume=True, view="live")
     assert (result.resumed_from, result.steps) == (0, 4)
     check_run(result.run_dir, 4)
+    said = capsys.readouterr().out
+    assert "there is no checkpoint yet: the run begins again from its start" in said
+    assert said.index("finished after 4 steps") > said.rindex("╰"), "what is said last stands below the panel"
 
 
 def test_a_folder_that_is_not_there_yet_is_a_new_run(make_config: MakeConfig) -> None:

@@ -17,8 +17,9 @@ ONLY_DROPS = 50
 """So many draws dropped, and not one sample: hardly on purpose."""
 FIRST_GROUPS = 32
 """A model that sometimes succeeds has shown it by then."""
-
-MEND_REWARDS = "look at what your rollout function returns, and at its rewards, or start from a model that sometimes succeeds"
+MEND_REWARDS = (
+    "look at what your rollout function returns, and at its rewards, or start from a model that sometimes succeeds"
+)
 
 log = structlog.get_logger(__name__)
 

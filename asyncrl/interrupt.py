@@ -124,6 +124,7 @@ def stop_on_signals(
         nonlocal asked_at
         if asked_at is None:
             asked_at, interrupt.signal_number = time.monotonic(), number
+            interrupt.requested = True  # the time of the stop runs from here, also while the loop is blocked
             if loop is not None:
                 loop.call_soon_threadsafe(ask)
             else:

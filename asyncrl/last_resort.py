@@ -6,7 +6,7 @@
     woken by    nobody
 
 Three cases: the loop does not turn (code that blocks it), a phase that stalled does not let itself be cancelled, and
-a stop that a signal asked for does not come to an end.
+a stop that a signal asked for does not come to an end. That a blocked loop has not heard of the stop yet is said early.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from asyncrl.metrics.lag import name_of
 from asyncrl.watchdog import LOOKS, Watchdog
 
 LONGEST_TICK_S = 1.0
+UNHEARD_S = 1.0
+"""The loop may be busy for so long when it is asked to stop."""
 STDERR = 2
 
 log = structlog.get_logger(__name__)
@@ -76,6 +78,9 @@ class LastResort:
 
     def _judge(self) -> None:
         stalled, ending = self._watchdog.limit_s, self._watchdog.ending
+        if min(self._stopping_s, self._deaf_s) >= UNHEARD_S and "unheard" not in self._said:
+            self._said.add("unheard")
+            self._say(f"the stop waits for the event loop{self._blocked_by()}; once more stops at once")
         if self._stopping_s >= self._stop_limit_s:
             self._end(CUT_SHORT, f"the stop has not come to its end within stop_timeout_s={self._stop_limit_s:g} s")
         elif self._deaf_s >= stalled:
@@ -100,6 +105,9 @@ class LastResort:
         if not self._interrupt.owns_process:
             log.error(text)
             return
-        with suppress(OSError):  # nobody reads it any more
-            os.write(STDERR, f"\nerror: {text}\nthe process is ended with exit code {code}\n".encode())
+        self._say(f"error: {text}\nthe process is ended with exit code {code}")
         os._exit(code)
+
+    def _say(self, text: str) -> None:
+        with suppress(OSError):  # nobody reads it any more
+            os.write(STDERR, f"\n{text}\n".encode())

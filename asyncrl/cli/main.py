@@ -224,7 +224,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--out", metavar="FILE", help="default: RUN/report.html; of several runs, report.html here")
     how.add_argument("--live", action="store_true", help="serve it to this machine, and follow the run until Ctrl-C")
-    parser.add_argument("--port", type=_port, default=0, metavar="N", help="of --live (default: a free one)")
+    parser.add_argument("--port", type=_port, metavar="N", help="of --live (default: a free one)")
 
 
 def _trace_arguments(parser: argparse.ArgumentParser) -> None:
@@ -339,7 +339,9 @@ def _report(arguments: argparse.Namespace) -> int:
 
     seeds, show = arguments.join_seeds, arguments.open
     if arguments.live:
-        return serve_report(arguments.runs, join_seeds=seeds, show=show, port=arguments.port)
+        return serve_report(arguments.runs, join_seeds=seeds, show=show, port=arguments.port or 0)
+    if arguments.port is not None:
+        raise ConfigError("--port is that of --live: give both, or neither.")
     return report_runs(arguments.runs, arguments.out, join_seeds=seeds, show=show)
 
 

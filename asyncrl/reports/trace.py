@@ -17,6 +17,7 @@ import gzip
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from asyncrl.errors import ConfigError
 from asyncrl.private import private
 from asyncrl.reports.recorded import Attempt, Recorded, Window
 from asyncrl.storage.timeline import OUTCOMES
@@ -53,6 +55,8 @@ PROCESSES = {
 TRACKS = {"publish": "hot-loads", "checkpoint": "checkpoints", "evaluation": "evaluations"}
 """Tracks of the timeline that have another name in the trace."""
 SLOT = "slot"
+BEGINS = '{"displayTimeUnit":"ms","traceEvents":['
+"""What every trace begins with, and hardly any other file."""
 
 Event = dict[str, Any]
 
@@ -110,8 +114,11 @@ def write_trace(recorded: Recorded, window: Window, path: Path) -> Drawn:
     """Draw what overlaps `window` into a file, gzipped where its name says so; a reader never sees half of it.
 
     Raises:
+        ConfigError: another file stands there.
         OSError: it cannot be written.
     """
+    if path.is_file() and not _is_trace(path):
+        raise ConfigError(f"{path} is another file, and no trace of asyncrl. Name one that does not exist (--out).")
     tracer = _Tracer(recorded, window)
     beside = path.with_name(f".{path.name}.unfinished")
     with ExitStack() as files:
@@ -119,7 +126,7 @@ def write_trace(recorded: Recorded, window: Window, path: Path) -> Drawn:
         raw = files.enter_context(open(beside, "wb", opener=private))
         packed = files.enter_context(gzip.GzipFile(fileobj=raw, mode="wb", mtime=0)) if path.suffix == ".gz" else raw
         text = files.enter_context(TextIOWrapper(packed, encoding="utf-8"))
-        text.write('{"displayTimeUnit":"ms","traceEvents":[\n')
+        text.write(f"{BEGINS}\n")
         for number, event in enumerate(tracer.events()):
             text.write((",\n" if number else "") + json.dumps(event, separators=(",", ":"), allow_nan=False))
         text.write("\n]}\n")
@@ -127,6 +134,14 @@ def write_trace(recorded: Recorded, window: Window, path: Path) -> Drawn:
         raw.close()
         os.replace(beside, path)
     return tracer.drawn
+
+
+def _is_trace(path: Path) -> bool:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return file.read(len(BEGINS)) == BEGINS.encode()
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        return False
 
 
 def trace_events(recorded: Recorded, window: Window) -> list[Event]:

@@ -227,6 +227,8 @@ def test_what_was_asked_wrongly_is_said(run: Path, capsys: pytest.CaptureFixture
     assert "named twice" in capsys.readouterr().err
     assert main(["report", str(run), "--out", str(run / "config.toml")]) == 2
     assert "is another file" in capsys.readouterr().err
+    assert main(["report", str(run), "--port", "8000"]) == 2
+    assert "give both" in capsys.readouterr().err
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

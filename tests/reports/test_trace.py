@@ -323,6 +323,18 @@ class TestTheCommand:
         assert why in " ".join(capsys.readouterr().err.split())
         assert not (run / "trace.json.gz").exists()
 
+    @pytest.mark.parametrize("name", ["mine.toml", "mine.json.gz"])
+    def test_it_writes_over_nothing_but_a_trace(
+        self, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    ) -> None:
+        mine, trace = tmp_path / name, tmp_path / "trace.json.gz"
+        mine.write_text("seed = 1")
+        assert main(["trace", str(run), "--out", str(mine)]) == USER_ERROR
+        assert "is another file" in capsys.readouterr().err
+        assert mine.read_text() == "seed = 1"
+        for _ in range(2):
+            assert main(["trace", str(run), "--out", str(trace)]) == 0
+
     def test_a_run_without_a_timeline(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["trace", str(tmp_path)]) == USER_ERROR
         assert "record_timeline" in capsys.readouterr().err

@@ -201,5 +201,8 @@ def _where_positive(name: str) -> Row:
 
 
 def _rest(records: Records) -> np.ndarray:
+    """nan where the run does not say what the trainer did: nothing is known, and not all of it is rest."""
+    if "train_s" not in records:
+        return np.full(len(records), np.nan)
     told = sum(np.nan_to_num(records[name]) for name in PARTS)
     return ratio(np.maximum(records["step_s"] - told, 0.0), records["step_s"])

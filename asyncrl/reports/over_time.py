@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from asyncrl.reports.curves import SMOOTHED_FROM, Entry, filled, moving_mean, ratio
-from asyncrl.reports.page import Axis, Block, Series, chart
+from asyncrl.reports.page import Axis, Block, Kind, Series, chart
 from asyncrl.reports.run_data import RunData
 from asyncrl.storage.timeline import ATTEMPT_TYPE, DONE
 
@@ -31,8 +31,9 @@ def reward_over_time(entries: Sequence[Entry]) -> list[Block]:
         rows = np.array([_at(run, times) for run in runs])  # [runs, T]
         low, high = (rows.min(axis=0), rows.max(axis=0)) if len(runs) > 1 else (None, None)
         name = entry.name if len(entries) > 1 else "all rollouts"
-        series.append(Series(name, times / scale, rows.mean(axis=0), color=entry.color, low=low, high=high))
-    about = "Smoothed." if series else ""
+        kind: Kind = "line+points" if len(times) <= 3 else "line"
+        series.append(Series(name, times / scale, rows.mean(axis=0), kind, entry.color, low=low, high=high))
+    about = "Smoothed." if max((entry.steps for entry in entries), default=0) >= SMOOTHED_FROM else ""
     return filled(chart("reward-time", "Reward over time", x=x, y=Axis("reward"), series=series, about=about))
 
 

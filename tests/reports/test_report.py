@@ -95,6 +95,18 @@ def test_bins_by_hand() -> None:
     assert moving_mean(np.array([1.0, np.nan, 3.0, 5.0])).tolist() == [2.0, 3.0, 3.0, 4.0]
 
 
+def test_what_an_old_run_does_not_say_is_not_drawn_as_something_else(tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run", steps=2)
+    with JsonlFile(root / "metrics.jsonl") as metrics:
+        metrics.write({"step": 3, "time_s": 6.0, "step_s": 2.0, "reward_mean": 0.5})
+    (root / "metrics.jsonl").write_text((root / "metrics.jsonl").read_text().splitlines(keepends=True)[-1])
+    shown = report([load_run(root)])
+    drawn = {one["id"]: one for section in shown["sections"] for one in section["blocks"]}
+    assert "time" not in drawn
+    assert drawn["reward-time"]["series"][0]["kind"] == "line+points", "a line through one point is none"
+    assert not drawn["reward-time"]["about"]
+
+
 def test_a_run_that_has_not_stepped_can_be_looked_at(tmp_path: Path) -> None:
     root = make_run(tmp_path / "run", steps=0)
     (root / "summary.json").unlink()

@@ -31,6 +31,9 @@ def test_it_opens_at_any_width(run: Path, open_page: Callable[..., Tab], tmp_pat
     ticks = [float(text) for text in tab.page.locator("#block-grad_norm .ytick text").all_text_contents()]
     assert ticks == sorted(set(ticks)), "of a logarithmic axis each is a number by itself"
     fits(tab, 390, 800, 1400)
+    for name in ("concurrency", "loop_lag_s"):
+        low = tab.page.evaluate(f"document.querySelector('#block-{name} .plot')._fullLayout.yaxis.range[0]")
+        assert low == 0, f"{name} begins at 0"
     tab.page.click("#theme")
     fits(tab, 1400)
     assert (tab.requests, tab.errors) == ([], [])

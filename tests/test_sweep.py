@@ -54,7 +54,7 @@ class TestAxes:
             ("learning_rat=1", "Did you mean 'learning_rate'"),
             ("nothing_like_it_at_all=1", r"docs/configuration\.md"),
             ("timeout_s=1,2", r"rollout\.timeout_s or publish\.timeout_s"),
-            ("run_dir=a,b", "no setting 'run_dir'"),
+            ("run_dir=a,b", "run_dir cannot be swept"),
         ],
     )
     def test_what_cannot_be_meant(self, text: str, said: str) -> None:
@@ -398,6 +398,10 @@ def test_a_real_sweep_with_a_run_that_fails_and_is_mended(
         (["seed=1", "--dataset", "nowhere.jsonl"], r"nowhere.jsonl"),
         (["seed=1", "--rollout_fn", "none"], "rollout_fn"),
         (["seed=1", "--out", "rows.jsonl"], "--out: rows.jsonl cannot be used"),
+        (["seed=1,2", "--seed", "3"], "--seed is given, and swept too"),
+        (["staleness=1,2", "--staleness.max-staleness=3"], "--staleness.max_staleness is given, and swept too"),
+        (["seed=1,2", "--run_dir", "x"], "--out names the one they are in"),
+        (["run_dir=a,b"], "run_dir cannot be swept"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_is(

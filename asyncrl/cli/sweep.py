@@ -36,6 +36,7 @@ def sweep(config_file: str, axes: Sequence[str], rest: Sequence[str], out: str |
     folder = Path(out or f"sweeps/{Path(config_file).stem}")
     shared, more_axes = _sorted_out(rest)
     swept = [parse_axis(text) for text in (*axes, *more_axes)]
+    _refuse_contradictions(shared, swept)
     trials = make_trials(swept, lambda given: load_config(config_file, given), folder, shared)
     totals = _check_data(trials)
     work = [_job(trial) for trial in trials]
@@ -67,6 +68,15 @@ def _sorted_out(rest: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             settings += [word, *islice(words, 1)]
     return settings, axes
+
+
+def _refuse_contradictions(shared: Sequence[str], swept: Sequence[Axis]) -> None:
+    for word in shared:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name in [axis.setting for axis in swept]:
+            raise ConfigError(f"--{name} is given, and swept too. Leave one of them out.")
+        if word.startswith("--") and name == "run_dir":
+            raise ConfigError("--run_dir: each run of a sweep has its own folder. --out names the one they are in.")
 
 
 def _check_data(trials: Sequence[Trial]) -> dict[str, int]:
@@ -113,7 +123,9 @@ def _conclude(axes: Sequence[Axis], jobs: Sequence[Job], folder: Path, console: 
         by_group.setdefault(job.trial.group, []).append(results[job.trial.name])
     groups = group_results(by_group, target)
     if groups:
-        console.print(_table(groups, target, held_out=all(result.held_out for result in results.values())))
+        reward = "held-out reward" if all(result.held_out for result in results.values()) else "training reward"
+        console.print(f"mean ± standard deviation over repetitions; {reward}", soft_wrap=True)
+        console.print(_table(groups, target))
     write_json(folder / "sweep.json", _as_json(axes, jobs, results, groups, target))
     report = _report(finished, folder, console)
     for job in jobs:
@@ -128,16 +140,8 @@ def _conclude(axes: Sequence[Axis], jobs: Sequence[Job], folder: Path, console: 
     console.print(f"results: {folder / 'sweep.json'}" + (f"; report: {report}" if report else ""), soft_wrap=True)
 
 
-def _table(groups: Sequence[Group], target: float | None, *, held_out: bool) -> Table:
-    reward = "held-out reward" if held_out else "training reward"
-    table = Table(
-        title=f"mean ± standard deviation over repetitions; {reward}",
-        title_justify="left",
-        title_style="",
-        box=None,
-        pad_edge=False,
-    )
-    table.padding = (0, 1)
+def _table(groups: Sequence[Group], target: float | None) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
     table.add_column("settings", overflow="fold")
     time_to = f"s to {target:.3g}" if target is not None else "s to -"
     for column in ("runs", "final", "best", time_to, "samples/s", "worst"):

@@ -88,6 +88,8 @@ def parse_axis(text: str) -> Axis:
 
 def setting_of(name: str) -> str:
     """The full name of the setting that `name` is short for. Raises `ConfigError`."""
+    if name == "run_dir":
+        raise ConfigError("run_dir cannot be swept: each run has a folder of its own, in that of the sweep (--out).")
     names = list(_settings(Config))
     if name in names or name in SHORT:
         return SHORT.get(name, name)

@@ -27,6 +27,7 @@ from asyncrl.planning.recorded import workload_of
 from asyncrl.planning.runner import Question, Runner, Task, running
 from asyncrl.planning.setting import POLICIES, Point, Policy
 from asyncrl.planning.workload import Workload
+from asyncrl.reports.page import require_page, write_page
 from asyncrl.reports.run_data import RunData, load_run
 from asyncrl.storage.folder import RunFolder
 
@@ -59,6 +60,11 @@ def tune(arguments: argparse.Namespace) -> int:
     _check_counts(arguments)
     description = Description(**{field.name: getattr(arguments, field.name) for field in fields(Description)})
     is_run = Path(arguments.target).is_dir()
+    if not is_run and not Path(arguments.target).exists():
+        raise ConfigError(f"there is no run folder and no config file {arguments.target}. Name one of them.")
+    out = Path(arguments.out or (Path(arguments.target) / "tune.html" if is_run else "tune.html"))
+    if arguments.out or not arguments.json:
+        require_page(out)
     subject = (_of_run if is_run else _of_config)(arguments, description, axes)
     question = Question(
         subject.base, subject.modelled.machine, subject.modelled.workload, arguments.seed, arguments.steps
@@ -73,7 +79,7 @@ def tune(arguments: argparse.Namespace) -> int:
     else:
         print_plan(plan, Console(highlight=False, emoji=False, markup=False))
     if arguments.out or not arguments.json:
-        _write(plan, Path(arguments.out or (Path(arguments.target) / "tune.html" if is_run else "tune.html")))
+        _write(plan, out)
     return 0
 
 
@@ -136,7 +142,6 @@ def _how_sure(oracle: Runner, point: Point) -> list[str]:
 
 def _write(plan: Plan, out: Path) -> None:
     from asyncrl.planning.frontier_page import frontier_page
-    from asyncrl.reports.page import write_page
 
     write_page(out, frontier_page(plan))
     sys.stdout.flush()
@@ -191,12 +196,16 @@ def _cores() -> int:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Settings done and time left, on the terminal; nothing when standard error is none."""
+    """Settings done and time left, on the terminal; elsewhere a line as each stage of them begins."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda done, total: None
+        yield (
+            lambda done, total: (
+                None if done else console.print(f"simulating {total} {'setting' if total == 1 else 'settings'} ...")
+            )
+        )
         return
     columns = (TextColumn("simulating settings"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as shown:

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from asyncrl.planning.grid import AS_FAST
-from asyncrl.planning.plan import Plan, rate
+from asyncrl.planning.plan import FIXED, Plan, rate
 from asyncrl.planning.setting import Point
 from asyncrl.terminal import visible
 
@@ -25,7 +25,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print()
     console.print(_ideal(plan))
     if (agreement := plan.agreement()) is not None:
-        console.print(agreement)
+        console.print(agreement, style="" if plan.agrees else "yellow")
     for line in plan.notes:
         console.print(Text(line, "yellow"))
     console.print()
@@ -41,6 +41,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.toml:
         console.print("To take it, put this into the config:", style="bright_black")
         console.print(Text(plan.toml, "green"), soft_wrap=True)
+        if plan.fixes_window:
+            console.print(Text(FIXED, "bright_black"))
     else:
         console.print("The config has it already.")
 

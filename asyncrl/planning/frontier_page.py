@@ -7,7 +7,7 @@ from itertools import pairwise
 from textwrap import wrap
 
 from asyncrl.config import Config
-from asyncrl.planning.plan import Plan, rate
+from asyncrl.planning.plan import FIXED, Plan, rate
 from asyncrl.planning.setting import Point, Setting
 from asyncrl.reports.page import Axis, Block, Column, Section, Series, Tile, chart, model, note, page, table, tiles
 from asyncrl.reports.run_data import flat
@@ -62,7 +62,8 @@ def _recommendation(plan: Plan) -> Iterator[Block]:
     rows = [(f"`{name}`", old, new) for name, old, new in changes(plan.base, point.setting)]
     if rows:
         columns = [Column("setting", number=False), Column("now"), Column("recommended")]
-        yield table("changes", "What to change in the config", columns, rows)
+        about = FIXED if plan.fixes_window else ""
+        yield table("changes", "What to change in the config", columns, rows, about=about)
     else:
         yield note("changes", "The config has it already.")
 
@@ -98,10 +99,11 @@ def _frontier(plan: Plan, which: str, title: str, about: str) -> Block:
         x, y = [stale(point) for point in stars], [point.share for point in stars]
         series.append(Series(name, x, y, "points", color=color, labels=list(map(hover, stars)), big=True))
     shown = [point for points in lines.values() for point in points] + now
+    most = max(1.0, *map(stale, shown))  # a little is left before 0, for what is written beside a point there
     return chart(
         f"frontier-{which}",
         title,
-        x=Axis(f"{which} staleness", "optimizer steps", low=0.0, high=ROOM * max(1.0, *map(stale, shown))),
+        x=Axis(f"{which} staleness", "optimizer steps", low=-0.04 * most, high=ROOM * most),
         y=_shares(shown),
         series=series,
         about=about,
@@ -295,7 +297,7 @@ def _assumptions(plan: Plan) -> Iterator[Block]:
     columns = [Column("what", number=False), Column("how", number=False)]
     yield table("said", "What it starts from", columns, plan.modelled.said)
     if (agreement := plan.agreement()) is not None:
-        yield note("agreement", agreement)
+        yield note("agreement", agreement, "plain" if plan.agrees else "warn")
     for place, text in enumerate(plan.notes):
         yield note(f"note-{place}", text, "warn")
     yield note(

@@ -12,7 +12,7 @@ they change what is learned from, so speed alone cannot choose them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Protocol
 
@@ -87,6 +87,8 @@ def search(base: Config, axes: Axes, oracle: Oracle, *, give: float, worst: floa
     now, *rest = oracle.points([here, *settings], found.ideal)
     found.now = now if isinstance(now, Point) else None
     _keep(found, rest)
+    if not axes.window:
+        found.points = [_saturated(found, point) for point in found.points]
     if isinstance(now, Failure):
         found.failures.insert(0, now)
     if not found.points:
@@ -154,6 +156,15 @@ def windows_to_try(base: Config, demand: int) -> list[int]:
     while windows[-1] > max(1.0, most * SMALLEST_WINDOW):
         windows.append(-(-windows[-1] // 2))
     return windows[::-1]
+
+
+def _saturated(found: Search, point: Point) -> Point:
+    """Where more slots were tried and brought nothing, full slots are not what limits: they share the sampler."""
+    if point.binds != "window" or point.setting.window == found.windows[-1][0]:
+        return point
+    waits = f"The trainer waited {point.wait_share:.0%} of the time for rollouts"
+    why = f"{waits}: the sampler is as fast as it gets with {point.setting.window} rollouts at once."
+    return replace(point, binds="sampler", why=why)
 
 
 def _other_intervals(base: Config, found: Search, give: float, worst: float) -> list[Setting]:

@@ -13,6 +13,13 @@ from asyncrl.planning.described import Modelled
 from asyncrl.planning.grid import Search
 from asyncrl.planning.setting import Point, Setting
 
+AGREE = 0.15
+"""Share by which the model may miss the run that it is made of before the reader is warned."""
+FIXED = (
+    "The window is fixed there, as it was simulated (min_window = max_window). Leave [concurrency] out, and the run "
+    "finds its own."
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -46,6 +53,11 @@ class Plan:
     def toml(self) -> str:
         """To paste into the config. Empty: it is the recommended one already."""
         return self.advice.point.setting.toml(self.base)
+
+    @property
+    def fixes_window(self) -> bool:
+        """Whether `toml` takes the window away from the run's own controller."""
+        return "min_window" in self.toml
 
     @property
     def by_mean(self) -> list[Point]:
@@ -83,12 +95,28 @@ class Plan:
         if self.measured is None or self.now is None or not self.measured.samples_per_s:
             return None
         found, real = self.now, self.measured
-        off = found.samples_per_s / real.samples_per_s - 1
+        doubt = (
+            ""
+            if self.agrees
+            else " They are far apart: rollouts or their rewards changed in the course of the run, or the machine had "
+            "other work. Trust the order of the rows more than their numbers, or ask again of a steadier run."
+        )
         return (
             f"For the run's own setting the model gives {rate(found.samples_per_s)} samples/s and a mean staleness of "
-            f"{found.staleness_mean:.1f}; the run had {rate(real.samples_per_s)} ({off:+.0%}) and "
-            f"{real.staleness_mean:.1f}."
+            f"{found.staleness_mean:.1f}; the run had {rate(real.samples_per_s)} ({self._off:+.0%}) and "
+            f"{real.staleness_mean:.1f}.{doubt}"
         )
+
+    @property
+    def agrees(self) -> bool:
+        return abs(self._off) <= AGREE
+
+    @property
+    def _off(self) -> float:
+        """By which share the model's rate is above the run's own."""
+        if self.measured is None or self.now is None or not self.measured.samples_per_s:
+            return 0.0
+        return self.now.samples_per_s / self.measured.samples_per_s - 1
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; None for what is not finite."""

@@ -237,8 +237,7 @@ def write_page(out: Path, html: str) -> None:
 
     Raises `ConfigError` where it cannot be written, or another file stands there.
     """
-    if out.is_file() and not _is_page(out):
-        raise ConfigError(f"{out} is another file, and no page of asyncrl. Name one that does not exist (--out).")
+    require_page(out)
     beside = out.with_name(f".{out.name}.unfinished")
     try:
         with open(beside, "w", encoding="utf-8", errors="backslashreplace", opener=private) as file:
@@ -248,6 +247,16 @@ def write_page(out: Path, html: str) -> None:
         raise ConfigError(
             f"{out} cannot be written: {error.strerror}. Name a file that you may write (--out)."
         ) from None
+
+
+def require_page(out: Path) -> None:
+    """Raises `ConfigError` where a page cannot be written: to be asked before much work is done for it."""
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder. Name a file, such as {out / 'page.html'} (--out).")
+    if not out.parent.is_dir():
+        raise ConfigError(f"there is no folder {out.parent}. Make it, or name another file (--out).")
+    if out.is_file() and not _is_page(out):
+        raise ConfigError(f"{out} is another file, and no page of asyncrl. Name one that does not exist (--out).")
 
 
 def _is_page(path: Path) -> bool:

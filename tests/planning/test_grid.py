@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,6 +63,17 @@ def test_the_smallest_window_that_is_as_fast_as_any_serves_all_other_settings() 
     assert len(found.points) == 6 * 3
     assert found.now is not None
     assert found.now.setting.window is None
+
+
+def test_full_slots_limit_nothing_where_more_of_them_brought_nothing() -> None:
+    class Full(Curve):
+        def _point(self, setting: Setting, ideal: float) -> Point:
+            return replace(super()._point(setting, ideal), binds="window")
+
+    assert {point.binds for point in find(config(), Axes(), Full()).points} == {"sampler"}
+    assert {point.binds for point in find(config(), Axes(window=(68, 136)), Full()).points} == {"window"}
+    few = config(concurrency={"max_window": 20, "initial_window": 20})
+    assert {point.binds for point in find(few, Axes(), Full()).points} == {"window"}
 
 
 def test_axes_that_are_given_are_tried_as_given() -> None:

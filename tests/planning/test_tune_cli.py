@@ -43,6 +43,8 @@ def test_it_prints_a_table_and_a_recommendation_and_writes_a_page(
     page = (project / "tune.html").read_text()
     assert "Rate against mean staleness" in page
     assert "tune.html" in err
+    assert err.startswith("simulating 1 setting ...\nsimulating 5 settings ...\n")
+    assert "Leave [concurrency] out" in " ".join(out.split())
 
 
 def test_json_for_programs(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,7 +69,10 @@ def test_the_same_seed_gives_the_same_plan(project: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["nothing.toml", *SMALL], "there is no config file nothing.toml"),
+        (["nothing.toml", *SMALL], "there is no run folder and no config file nothing.toml"),
+        (["run.toml", *SMALL, "--out", "run.toml"], "run.toml is another file"),
+        (["run.toml", *SMALL, "--out", "nowhere/plan.html"], "there is no folder nowhere"),
+        (["run.toml", *SMALL, "--json", "--out", "empty"], "empty is a folder"),
         (["run.toml"], "--tokens"),
         (["run.toml", *SMALL, "--policy", "hope"], "--policy has 'hope'"),
         (["run.toml", *SMALL, "--max-staleness", "1;2"], "--max-staleness has '1;2'"),
@@ -105,6 +110,6 @@ def test_ctrl_c_ends_it_and_its_processes(project: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert err.decode().strip() == "stopped"
+    assert err.decode().splitlines()[1:] == ["stopped"]
     _, alive = psutil.wait_procs(children, timeout=10)
     assert alive == []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def plan() -> Plan:
         point("wait", 4, 0.6), points, [(16, 10.0), (32, 30.0), (64, 40.0)], 40.0, {"it cannot be": 2}, [failed]
     )
     return Plan("runs/x", base, modelled, found, recommend(points), Measured(24.0, 3.0, 50), ("How sure: not very.",))
+
+
+def test_a_model_that_misses_its_own_run_says_so(plan: Plan) -> None:
+    assert "far apart" not in (plan.agreement() or "")
+    missed = replace(plan, measured=Measured(16.0, 3.0, 50))
+    assert "the run had 16 (+50%) and 3.0. They are far apart" in (missed.agreement() or "")
+    assert not missed.agrees
 
 
 @pytest.mark.parametrize(("width", "dark"), [(400, True), (1400, False)])

@@ -42,7 +42,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print("To take it, put this into the config:", style="bright_black")
         console.print(Text(plan.toml, "green"), soft_wrap=True)
         if plan.fixes_window:
-            console.print(Text(FIXED, "bright_black"))
+            console.print(Text(f"\n{FIXED}", "bright_black"))
     else:
         console.print("The config has it already.")
 

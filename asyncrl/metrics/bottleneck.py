@@ -252,7 +252,7 @@ def _no_slots(account: Account, late: str) -> Bottleneck | None:
         return None
     return Bottleneck(
         "slots",
-        f"{late}all {account.mean('window'):,.0f} slots of the window were taken, and the sampler had room."
+        f"{late}the window was full ({account.mean('window'):,.0f} rollouts on average), and the sampler had room."
         f"{_outside_said(account)}",
         "Raise concurrency.initial_window, or concurrency.max_window where the window has reached it"
         + ("; tools that bear no more at once must get faster instead." if _outside(account) > HALF else "."),

@@ -53,7 +53,9 @@ def held_out(progress: Progress) -> str:
             parts.append(f"best {best:.3f} at step {when['eval_version']:.0f}")
     elif progress.evaluations:
         parts.append(f"evaluated at step {progress.evaluations[-1]['eval_version']:.0f}")
-    if (version := finite(progress.gauges.get("eval_version"))) is not None:
+    known = [evaluation["eval_version"] for evaluation in progress.evaluations]
+    version = finite(progress.gauges.get("eval_version"))  # of a gauge that may be older than the last evaluation
+    if version is not None and version not in known:
         parts.append(f"measuring step {version:.0f}: {progress.gauges['eval_done']:.0f} rollouts")
     return ", ".join(parts)
 
@@ -91,7 +93,7 @@ def in_flight(progress: Progress) -> str:
     if running is None:
         return ""
     said = f"{running:,.0f}" + (f" of {size:,.0f}" if size is not None else "") + " in flight"
-    return said + (f" ({evaluating:,.0f} of an evaluation)" if evaluating else "")
+    return said + (f" ({evaluating:,.0f} evaluating)" if evaluating else "")
 
 
 def ready(progress: Progress) -> str:
@@ -104,7 +106,7 @@ def window(progress: Progress) -> str:
     size, reason = progress.now("window"), progress.gauges.get("window_reason")
     if size is None:
         return NOT_YET
-    return f"{size:,.0f} rollouts at once" + (f" ({reason})" if reason else "")
+    return f"{size:,.0f} rollouts" + (f" ({reason})" if reason else "")
 
 
 def sampler(progress: Progress) -> str:

@@ -101,7 +101,7 @@ def test_panel_shows_what_the_run_does() -> None:
         "0.400 ▁▃▆█ +0.300 in 4 steps, best 0.400",
         "0 ▃  1 █  2 ·  3-4 ▃  mean 1.5, max 3, worst so far 3",
         "17 of 48 in flight → 2 ready → training step 5: optimizer",
-        "48 rollouts at once (32 -> 48: the limit binds and nothing waits)",
+        "48 rollouts (32 -> 48: the limit binds and nothing waits)",
         "2,000 tokens/s, 15 requests running, 1 waiting, KV 50%",
         "replica 1  20 running, 3 waiting, KV 63%",
         "replica 2  4 running, 0 waiting, KV 20%",
@@ -109,7 +109,7 @@ def test_panel_shows_what_the_run_does() -> None:
         "version 3 is live, hot-load 1.2 s, checkpoint 0.3 s (step 3)",
         "6 retried, 1 failed",
         "training 67%, waiting for rollouts 24%, publishing 5%, checkpoints 4%",
-        "The trainer waited 24% of the time for rollouts: all 32 slots of the window were taken",
+        "The trainer waited 24% of the time for rollouts: the window was full (32 rollouts on average)",
         "Raise concurrency.initial_window",
     ):
         assert said in text, said
@@ -184,6 +184,8 @@ def test_panel_shows_evaluations_once_there_are_any() -> None:
     view.evaluated({"eval_version": 10.0, "eval_reward": 0.5, "eval_reward_low": None, "eval_reward_high": None})
     view.gauges({"eval_version": 15, "eval_done": 12})
     assert "0.500 at step 10, best 0.750 at step 5, measuring step 15: 12 rollouts" in drawn(view)
+    view.evaluated({"eval_version": 15.0, "eval_reward": 0.8})  # the gauge is as old as it was
+    assert "measuring" not in drawn(view)
     other = LiveView("demo", 10, mode="quiet")
     other.evaluated({"eval_version": 5.0, "eval_accuracy": 0.75})
     assert "evaluated at step 5" in drawn(other)

@@ -16,7 +16,7 @@ from asyncrl.reports.browser import rollouts_block
 from asyncrl.reports.charts import off_policy, reward, speed
 from asyncrl.reports.curves import Curves, Entry
 from asyncrl.reports.page import Block, Column, Model, Section, Tile, Tone, model, note, page, table, tiles, write_page
-from asyncrl.reports.run_data import RunData
+from asyncrl.reports.run_data import Records, RunData
 from asyncrl.reports.selection import difference, rollouts_of, selection, sentence
 from asyncrl.reports.settings import changed, differing, labels, said
 
@@ -125,7 +125,7 @@ def _tiles(run: RunData) -> Iterator[Tile]:
         hard = run.settings.get("staleness.policy") == "wait"
         about = f"bound: {bound}" if hard else f"paced at {bound}, no bound"
         over = hard and isinstance(bound, int) and worst > bound
-        mean = _mean(run.steps["staleness_mean"])
+        mean = _mean_staleness(run.steps)
         about += f", mean {mean:.2g}" if mean is not None else ""
         yield Tile("worst staleness", f"{worst:g} steps", about, "warn" if over else "plain")
     if run.ledger:
@@ -222,7 +222,7 @@ def _numbers(run: RunData) -> list[float | str | None]:
     seconds = float(np.nansum(run.steps["step_s"])) or float("nan")
     return [
         *(len(run.steps), float(run.steps["time_s"][-1]) / 60, first, last, held_out, interval),
-        *(_most(run.steps["staleness_max"]), _mean(run.steps["staleness_mean"])),
+        *(_most(run.steps["staleness_max"]), _mean_staleness(run.steps)),
         float(np.nansum(run.steps["tokens_generated"])) / seconds,
         f"{shares.waiting:.0%}" if shares is not None else None,
     ]
@@ -232,8 +232,11 @@ def _most(values: np.ndarray) -> float | None:
     return float(np.nanmax(values)) if np.isfinite(values).any() else None
 
 
-def _mean(values: np.ndarray) -> float | None:
-    return float(np.nanmean(values)) if np.isfinite(values).any() else None
+def _mean_staleness(steps: Records) -> float | None:
+    """Over the tokens that were trained, as `asyncrl tune` has it: steps differ in size."""
+    means, tokens = steps["staleness_mean"], np.nan_to_num(steps["loss_tokens"])
+    known = np.isfinite(means) & (tokens > 0)
+    return float(np.average(means[known], weights=tokens[known])) if known.any() else None
 
 
 def _selection(entries: Sequence[Entry]) -> Section:

@@ -48,6 +48,14 @@ def test_the_overview_says_how_it_went(run: Path) -> None:
     assert "`staleness.policy`" not in settings  # a default
 
 
+def test_the_mean_staleness_is_over_tokens_and_not_over_steps(tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run", steps=1)  # 1,500 tokens of staleness 0.8
+    with JsonlFile(root / "metrics.jsonl") as metrics:
+        metrics.write(step_record(2, staleness_mean=2.0, loss_tokens=500))
+    tiles = {tile["label"]: tile["about"] for tile in block(report([load_run(root)]), "numbers")["tiles"]}
+    assert tiles["worst staleness"] == "bound: 2, mean 1.1"
+
+
 def test_time_adds_up(run: Path) -> None:
     series = block(report([load_run(run)]), "time")["series"]
     shares = {one["name"]: one["y"][0] for one in series}

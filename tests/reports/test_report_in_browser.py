@@ -39,6 +39,15 @@ def test_it_opens_at_any_width(run: Path, open_page: Callable[..., Tab], tmp_pat
     assert (tab.requests, tab.errors) == ([], [])
 
 
+def test_no_button_of_a_chart_sends_it_away(run: Path, open_page: Callable[..., Tab], tmp_path: Path) -> None:
+    write_report([load_run(run)], tmp_path / "report.html")
+    tab = open_page(tmp_path / "report.html", width=1400)
+    tab.page.hover("#block-reward .plot")
+    titles = "[...document.querySelectorAll('#block-reward .modebar-btn')].map(b => b.dataset.title)"
+    tab.until(f"{titles}.length > 0")
+    assert tab.page.evaluate(titles) == ["Download plot as a PNG", "Zoom", "Pan", "Reset axes"]
+
+
 def test_several_runs_fit_too(run: Path, open_page: Callable[..., Tab], tmp_path: Path) -> None:
     """With the longest names that a legend has to hold."""
     others = [make_run(tmp_path / f"{'a-long-name-' * 5}{place}", steps=40, level=place / 4) for place in range(4)]

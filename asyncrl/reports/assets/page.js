@@ -143,6 +143,7 @@ const page = (() => {
     return {
       margin: { l: 8, r: 12, t: 8, b: 8 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "system-ui, sans-serif", color: variable("--ink") }, showlegend: false, uirevision: "kept",
+      modebar: { bgcolor: variable("--card"), color: variable("--quiet"), activecolor: variable("--ink") },
       hovermode: block.series.some((series) => series.kind === "points") ? "closest" : "x unified",
       hoverlabel: { bgcolor: variable("--card"), bordercolor: variable("--line"), font: { color: variable("--ink"), size: 12 } },
       barmode: block.stacked ? "stack" : "group", bargap: many ? 0 : 0.2,
@@ -151,7 +152,7 @@ const page = (() => {
   }
 
   const CONFIG = {
-    responsive: true, displaylogo: false,
+    responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "", // a chart is nobody else's
     displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false, // elsewhere it would lie on the chart for good
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "toggleSpikelines"],
   };

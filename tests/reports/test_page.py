@@ -94,7 +94,7 @@ def test_a_page_is_private_and_replaces_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is another file"):
         write_page(other, html)
     assert other.read_text() == "mine"
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(ConfigError, match="there is no folder"):
         write_page(tmp_path / "none" / "page.html", html)
 
 

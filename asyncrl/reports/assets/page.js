@@ -143,7 +143,7 @@ const page = (() => {
     return {
       margin: { l: 8, r: 12, t: 8, b: 8 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "system-ui, sans-serif", color: variable("--ink") }, showlegend: false, uirevision: "kept",
-      modebar: { bgcolor: variable("--card"), color: variable("--quiet"), activecolor: variable("--ink") },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: variable("--quiet"), activecolor: variable("--ink") },
       hovermode: block.series.some((series) => series.kind === "points") ? "closest" : "x unified",
       hoverlabel: { bgcolor: variable("--card"), bordercolor: variable("--line"), font: { color: variable("--ink"), size: 12 } },
       barmode: block.stacked ? "stack" : "group", bargap: many ? 0 : 0.2,

@@ -98,15 +98,22 @@ def _state(runs: Sequence[RunData]) -> str:
 def _overview(runs: Sequence[RunData]) -> Section:
     run = runs[0]
     blocks: list[Block] = [tiles("numbers", _tiles(run))]
-    if run.state == "failed" and run.summary is not None:
-        blocks.append(note("error", f"The run failed: {run.summary['error']}", "warn"))
+    if failed := _failed(run):
+        blocks.append(note("error", failed, "warn"))
     if run.summary is not None and run.summary.get("ended_early"):
         blocks.append(note("early", f"The run ended early: {run.summary['ended_early']}", "warn"))
-    if not len(run.steps):
-        blocks.append(note("bottleneck", "No optimizer step has been taken yet."))
-    elif _rolls_out(runs):
-        blocks.append(note("bottleneck", where_time_went(run.account)))
+    if not len(run.steps) or _rolls_out(runs):
+        blocks.append(note("bottleneck", _bound(run)))
     return Section("Overview", blocks)
+
+
+def _failed(run: RunData) -> str:
+    """With the error, over several lines; empty for a run that did not fail."""
+    return f"The run failed: {run.summary['error']}" if run.state == "failed" and run.summary is not None else ""
+
+
+def _bound(run: RunData) -> str:
+    return where_time_went(run.account) if len(run.steps) else "No optimizer step has been taken yet."
 
 
 def _tiles(run: RunData) -> Iterator[Tile]:
@@ -127,7 +134,9 @@ def _tiles(run: RunData) -> Iterator[Tile]:
         over = hard and isinstance(bound, int) and worst > bound
         mean = _mean_staleness(run.steps)
         about += f", mean {mean:.2g}" if mean is not None else ""
-        yield Tile("worst staleness", f"{worst:g} steps", about, "warn" if over else "plain")
+        yield Tile(
+            "worst staleness", f"{worst:g} {'step' if worst == 1 else 'steps'}", about, "warn" if over else "plain"
+        )
     if run.ledger:
         rest = ", ".join(
             f"{run.ledger[name]:,} {name}" for name in ("filtered", "rejected", "pending") if run.ledger[name]
@@ -197,7 +206,7 @@ def _comparison(entries: Sequence[Entry]) -> Section:
         for run in entry.runs:
             names = [run.name, entry.name] if joined else [entry.name]
             rows.append([*names, run.state, *_numbers(run)])
-            told.append([names[0], where_time_went(run.account)])
+            told.append([names[0], " ".join(filter(None, [_failed(run).partition("\n")[0], _bound(run)]))])
             colors.append(entry.color)
     binds = [Column("run", number=False), Column("where the time went", number=False)]
     blocks = [

@@ -127,6 +127,11 @@ def test_a_failed_run_says_why(tmp_path: Path) -> None:
     root = make_run(tmp_path / "run", steps=1)
     (root / "summary.json").write_text('{"error": "the disk was full"}')
     assert block(report([load_run(root)]), "error")["text"] == "The run failed: the disk was full"
+    (root / "summary.json").write_text('{"error": "a tool failed:\\nTraceback"}')
+    going = make_run(tmp_path / "other", steps=0)
+    rows = block(report([load_run(root), load_run(going)]), "bottlenecks")["rows"]
+    assert rows[0][1].startswith("The run failed: a tool failed: Time: ")
+    assert rows[1][1] == "No optimizer step has been taken yet."
 
 
 def test_supervised_training_has_a_report_too(tmp_path: Path) -> None:

@@ -236,7 +236,8 @@ class TestProcesses:
 
     def test_a_stop_lets_what_runs_save_itself_and_starts_nothing(self, tmp_path: Path) -> None:
         commands: dict[str, str] = {}
-        jobs = [job(tmp_path, name, STOPS, commands) for name in "abc"]
+        young = "import time; print('ready', flush=True); time.sleep(600)"  # has not come to take the signal
+        jobs = [job(tmp_path, name, code, commands) for name, code in {"a": STOPS, "b": young, "c": STOPS}.items()]
         runner, deadline = self.runner(jobs, commands, at_once=2), time.monotonic() + LIMIT_S / 2
 
         def look() -> None:

@@ -85,7 +85,7 @@ def recommend(points: Sequence[Point], *, give: float = GIVE, worst: float = WOR
         *([_biased(chosen)] if chosen.lost >= BIASED else []),
         *([_fresher(fresher, chosen)] if fresher else []),
         *([_faster(faster, chosen)] if faster else ["Nothing that was tried within that limit is faster."]),
-        *_beyond(points, best, worst),
+        *_beyond(points, chosen, best, worst),
     ]
     return Advice(chosen, tuple(reasons), fresher, faster)
 
@@ -118,7 +118,7 @@ def _why(chosen: Point, best: Point, give: float, worst: float, within: bool) ->
         )
     return (
         f"{says} None that is clearly fresher keeps {1 - give:.0%} (--give) of the rate of the fastest within "
-        f"{worst:g} steps (--worst): {said(best)}, with {best.share:.0%}."
+        f"{worst:g} steps (--worst): {_difference(best, chosen)}, with {best.share:.0%}."
     )
 
 
@@ -147,7 +147,7 @@ def _faster(other: Point, chosen: Point) -> str:
     return f"Faster: {_difference(other, chosen)} gives {other.share:.0%} and {mean}{worst}."
 
 
-def _beyond(points: Sequence[Point], best: Point, worst: float) -> list[str]:
+def _beyond(points: Sequence[Point], chosen: Point, best: Point, worst: float) -> list[str]:
     """What the limit on the worst staleness costs, where that is much."""
     most = max(point.share for point in points)
     fastest = min(
@@ -157,8 +157,8 @@ def _beyond(points: Sequence[Point], best: Point, worst: float) -> list[str]:
     if fastest.staleness_worst <= worst or fastest.share < best.share + 0.05:
         return []
     return [
-        f"Beyond {worst:g} steps: {said(fastest)} would give {fastest.share:.0%}, {_staleness(fastest)}. Whether the "
-        "objective bears that is for an experiment to show (docs/staleness.md)."
+        f"Beyond {worst:g} steps: {_difference(fastest, chosen)} would give {fastest.share:.0%}, {_staleness(fastest)}."
+        " Whether the objective bears that is for an experiment to show (docs/staleness.md)."
     ]
 
 

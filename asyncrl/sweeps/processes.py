@@ -147,7 +147,7 @@ class Runner:
         job.ended_at = time.monotonic()
         if code == 0:
             job.state = "finished"
-        elif self.stopping and (code > 128 or code == CUT_SHORT):
+        elif self.stopping and (code > 128 or code in (CUT_SHORT, -signal.SIGTERM)):  # or it had only begun
             job.state = "stopped"
         else:
             job.state, job.error = "failed", cause_of(code, job.log)

@@ -159,3 +159,14 @@ def test_nothing_beats_what_is_on_the_frontier(found: list[Point]) -> None:
             and round(other.staleness_mean, 1) <= round(p.staleness_mean, 1)
         ]
     assert edge[0].share == pytest.approx(min(p.share for p in edge))
+
+
+def test_settings_that_differ_in_more_than_the_bound_are_named_in_full() -> None:
+    points = [
+        point("mask", 8, 0.74, 3.0, 8),
+        point("mask", 8, 0.78, 3.9, 8, sync=2),
+        point("pace", 8, 1.0, 5.0, 21, sync=2),
+    ]
+    why, *_, beyond = recommend(points).reasons
+    assert "max_staleness 8 with mask, a sync interval of 2, with 78%" in why
+    assert beyond.startswith("Beyond 8 steps: max_staleness 8 with pace, a sync interval of 2 would give 100%")

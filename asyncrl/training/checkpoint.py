@@ -24,8 +24,8 @@ import structlog
 import torch
 from torch import Tensor
 
-from asyncrl.errors import TrainerError
 from asyncrl.storage.checkpoints import sync, write_file
+from asyncrl.training.diagnosis import require_finite
 from asyncrl.training.facts import Facts
 from asyncrl.training.host_memory import available_bytes
 from asyncrl.training.tensor_files import Tree, leaves, write_tensors
@@ -75,14 +75,9 @@ class State:
 
         Raises:
             OSError: the disk is full, or fails.
-            TrainerError: a weight is not finite. Nobody wants to go on from that.
+            TrainerError: a weight is not finite.
         """
-        for name, weight in self.tensors["model"].items():
-            if not torch.isfinite(weight).all():
-                raise TrainerError(
-                    f"the state of step {self.step} was not saved: {name} is not finite. Go on from an earlier "
-                    "checkpoint, with a lower optimizer.learning_rate."
-                )
+        require_finite(self.tensors["model"], f"the state of step {self.step}")
         folder.mkdir(mode=0o700)
         try:
             write_tensors(self.tensors, folder)

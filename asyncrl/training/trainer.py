@@ -45,6 +45,7 @@ from asyncrl.training.diagnosis import (
     is_out_of_memory,
     loss_not_finite,
     memory_exhausted,
+    require_finite,
     sequences_named,
     step_not_finite,
 )
@@ -190,8 +191,7 @@ class TorchTrainer:
 
         `normalization` None is the config's; another one cannot turn sums into means of sequences, or back.
         """
-        batch, self._batch = self._batch, self._new_batch()
-        settings, configured = self._config.optimizer, self._config.normalization
+        batch, settings, configured = self._batch, self._config.optimizer, self._config.normalization
         normalization = configured if normalization is None else normalization
         if normalization != configured and "sequence_mean" in (normalization, configured):
             raise ConfigError(
@@ -204,6 +204,7 @@ class TorchTrainer:
                 f"optimizer step {step} has nothing to train: no sequence with a loss token was given. Call "
                 "forward_backward before optim_step."
             )
+        self._batch = self._new_batch()
         with batch.timed("optimizer"):
             with self._guarded(f"optimizer step {step}", StepFailed):
                 report = batch.report(normalization)
@@ -241,8 +242,10 @@ class TorchTrainer:
         """Write the model or adapter, with its tokenizer, as `transformers`, `peft` and vLLM open it.
 
         `merge` writes an adapter as the model that it makes of its base, which needs neither `peft` nor the base.
+        Raises `TrainerError` for weights that are not finite; what is in `folder` stays then.
         """
         self._require_whole_step()
+        require_finite(self._named, f"the model of step {self._step}")
         write_model(self._policy, folder, self._config.model, merge)
 
     def save_state(self, folder: Path) -> None:
@@ -391,10 +394,7 @@ class TorchTrainer:
         """Turn running out of memory into `failure`, and leave no half-made gradient behind an error."""
         try:
             yield
-        except TrainerError:
-            self._drop_batch()
-            raise
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except Exception as error:
             self._drop_batch()
             if not is_out_of_memory(error):
                 raise

@@ -13,6 +13,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from asyncrl.errors import TrainerError
 from asyncrl.training.export import prune
 from asyncrl.types import TrainSequence, Weights
 from tests.training.cases import fresh_model, make_trainer, plain_logprobs, token_lists, train_sequences, weights
@@ -198,6 +199,18 @@ def test_a_model_is_saved_in_the_dtype_it_came_in(tmp_path: Path, monkeypatch: p
     trainer.save_model(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_model_that_is_not_finite_is_not_saved_over_one_that_is(rank: int, tmp_path: Path) -> None:
+    trainer, folder = trained("llama", rank, steps=1), tmp_path / "model"
+    trainer.save_model(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with torch.no_grad():
+        trainer.policy.trained_parameters()[0][0, 0] = torch.nan
+    with pytest.raises(TrainerError, match=r"the model of step 1 was not saved: \S+ is not finite\. Go on from an"):
+        trainer.save_model(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_only_the_newest_versions_are_kept(tmp_path: Path) -> None:

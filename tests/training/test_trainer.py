@@ -413,6 +413,32 @@ def test_other_errors_pass_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
         trainer.forward_backward(train_sequences(0, (9, 7)))
 
 
+def test_a_loss_of_your_own_that_fails_leaves_no_gradient() -> None:
+    """It fails in the second microbatch: the first one's gradient must not be in the next step."""
+
+    def fail(inputs: LossInputs) -> torch.Tensor:
+        calls.append(inputs)
+        if len(calls) == 2:
+            raise ValueError("my loss cannot do this")
+        return cross_entropy(inputs)
+
+    calls: list[LossInputs] = []
+    trainer = make_trainer(trainer={"max_tokens_per_microbatch": 10})
+    with pytest.raises(ValueError, match="my loss"):
+        trainer.forward_backward_custom(train_sequences(0, (9, 7)), fail)
+    assert len(calls) == 2
+    assert not gradients(trainer)
+
+
+def test_a_normalization_that_is_refused_costs_nothing() -> None:
+    plain, trainer = make_trainer(), make_trainer()
+    for each in (plain, trainer):
+        each.forward_backward(train_sequences(0, (9, 7)))
+    with pytest.raises(ConfigError, match="cannot be normalised"):
+        trainer.optim_step("sequence_mean")
+    assert trainer.optim_step().metrics["grad_norm"] == plain.optim_step().metrics["grad_norm"]
+
+
 def test_nothing_to_train() -> None:
     trainer = make_trainer()
     trainer.forward_backward([])

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from asyncrl.sections import Limit, LimitChoice
 
 log = structlog.get_logger(__name__)
+
+NO_SUCH_TOKEN = " A tokenizer says None of a token that it does not have."
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,8 @@ class Policy:
 
         Raises:
             ContextFull: there is no room for one more token.
-            RolloutContractError: there are no tokens, or something else than token ids; or the rollout has ended.
+            RolloutContractError: there are no tokens, or something else than token ids; a limit or a stop token is no
+                whole number; or the rollout has ended.
             SamplerRequestError: the sampler refused or lost this request.
         """
         self._refuse_if_ended()
@@ -154,11 +158,11 @@ class Policy:
                 "room for a completion. Raise Config.max_seq_len, or leave such rows out of the dataset."
             )
         params = context.params
-        limit = min(params.max_tokens if max_tokens is None else max_tokens, room)
-        if limit < 1:
-            raise RolloutContractError(f"policy.generate was called with max_tokens={max_tokens}. Expected at least 1.")
+        limit = min(params.max_tokens if max_tokens is None else _whole("max_tokens=", max_tokens, 1), room)
         if limit != params.max_tokens or stop_token_ids is not None:
-            stops = params.stop_token_ids if stop_token_ids is None else tuple(stop_token_ids)
+            stops = params.stop_token_ids
+            if stop_token_ids is not None:
+                stops = tuple(_whole("the stop token ", token, 0, NO_SUCH_TOKEN) for token in stop_token_ids)
             params = replace(params, max_tokens=limit, stop_token_ids=stops)
         if context.seed is not None:
             params = replace(params, seed=self._seed_of(context.seed, token_ids))
@@ -380,3 +384,16 @@ def _flat(asked: str, token_ids: Sequence[int]) -> Sequence[int]:
             "`tokenizer.encode(text)`. `tokenizer(...)` and `apply_chat_template(...)` give a dict: take its "
             "`input_ids`, and leave return_tensors out, which makes a batch of them."
         ) from None
+
+
+def _whole(said: str, value: int, least: int, more: str = "") -> int:
+    """Refused here, a number that is none is an error of one rollout; in a sampler's batch it would be everybody's."""
+    try:
+        number = index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise RolloutContractError(
+            f"policy.generate was called with {said}{value!r:.80}. Expected a whole number of at least {least}.{more}"
+        )
+    return number

@@ -59,6 +59,22 @@ async def test_what_is_no_sequence_of_token_ids_never_reaches_the_sampler(speak,
     assert sampler.requests == []
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"max_tokens": 7.5}, r"max_tokens=7\.5\. Expected a whole number of at least 1"),
+        ({"stop_token_ids": [5, None]}, r"the stop token None\..*A tokenizer says None of a token"),
+        ({"stop_token_ids": ["</s>"]}, "the stop token '</s>'"),
+        ({"stop_token_ids": [-1]}, "the stop token -1"),
+    ],
+)
+async def test_a_request_that_would_end_the_sampler_of_all_is_refused(speak, asked, message: str) -> None:
+    policy, sampler = speak("x", max_tokens=9)
+    with pytest.raises(RolloutContractError, match=message):
+        await policy.generate([1, 2], **asked)
+    assert sampler.requests == []
+
+
 async def test_the_oldest_version_is_that_of_the_oldest_token(speak) -> None:
     drawn = [Completion([1, 2], [0.0, 0.0], versions, "stop") for versions in ([6, 7], [3, 8], [9, 9])]
     policy, _ = speak(*drawn)

@@ -41,7 +41,7 @@ class TransformersSampler:
         model: Name on the Hugging Face hub, or a folder.
         lora: Published weights are adapters of this shape; None or rank 0: whole models.
         device: `auto` is CUDA, then MPS, then CPU.
-        dtype: Of weights and cache; `auto` is bfloat16 on CUDA, float32 elsewhere.
+        dtype: Of weights and cache; `auto` is bfloat16 on GPUs that have it, float32 elsewhere.
         max_running: Most rows that are decoded at once. None: 64 on CPU, 256 elsewhere.
         in_flight: What a hot-load of full weights does to requests that follow the newest version.
         version_policy: `per_rollout` keeps several full models side by side; with LoRA versions always are.
@@ -307,6 +307,7 @@ def _choose_device(name: str) -> torch.device:
 
 
 def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name == "auto":  # as the trainer: older GPUs only emulate bfloat16
+        bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if bfloat16 else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

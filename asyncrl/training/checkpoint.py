@@ -77,7 +77,7 @@ class State:
             OSError: the disk is full, or fails.
             TrainerError: a weight is not finite.
         """
-        require_finite(self.tensors["model"], f"the state of step {self.step}")
+        require_finite(self.tensors["model"], f"the state of step {self.step} was not saved")
         folder.mkdir(mode=0o700)
         try:
             write_tensors(self.tensors, folder)

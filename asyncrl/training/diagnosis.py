@@ -43,11 +43,11 @@ def step_not_finite(step: int, report: Mapping[str, float], norm: float, weights
     )
 
 
-def require_finite(weights: Mapping[str, Tensor], what: str) -> None:
-    """Raises `TrainerError` for weights that nobody wants to go on from, or to use."""
+def require_finite(weights: Mapping[str, Tensor], refused: str) -> None:
+    """Raises `TrainerError`, which says what was `refused`, for weights that nobody wants to go on from, or to use."""
     if broken := _not_finite(weights):
         raise TrainerError(
-            f"{what} was not saved: {_listed(broken)} {'is' if len(broken) == 1 else 'are'} not finite. Go on from an "
+            f"{refused}: {_listed(broken)} {'is' if len(broken) == 1 else 'are'} not finite. Go on from an "
             "earlier checkpoint, with a lower optimizer.learning_rate."
         )
 

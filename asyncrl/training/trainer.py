@@ -224,8 +224,12 @@ class TorchTrainer:
         return StepResult(step=step, metrics=metrics)
 
     def save_weights_for_sampler(self) -> Weights:
-        """A snapshot of the current weights, with what the sampler must reproduce under them."""
+        """A snapshot of the current weights, with what the sampler must reproduce under them.
+
+        Raises `TrainerError` for weights that are not finite.
+        """
         self._require_whole_step()
+        require_finite(self._named, f"version {self._step} was not published")
         adapter = self._policy.adapter is not None
         probe = Probe(self._probe, tuple(self.forward([self._probe])[0]))
         if self._weights_format == "tensors":
@@ -245,7 +249,7 @@ class TorchTrainer:
         Raises `TrainerError` for weights that are not finite; what is in `folder` stays then.
         """
         self._require_whole_step()
-        require_finite(self._named, f"the model of step {self._step}")
+        require_finite(self._named, f"the model of step {self._step} was not saved")
         write_model(self._policy, folder, self._config.model, merge)
 
     def save_state(self, folder: Path) -> None:

@@ -334,6 +334,15 @@ async def test_adapters_stay_apart_from_bfloat16_weights(lora: TensorTruth) -> N
     assert near < 0.1 < 1 < far
 
 
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+async def test_a_gpu_that_only_emulates_bfloat16_is_not_asked_for_it(
+    native: bool, dtype: torch.dtype, full: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer takes float32 there too."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    assert TransformersSampler(str(full.base), device="cuda")._dtype == dtype
+
+
 async def test_from_config_takes_the_settings_of_the_run(full: Truth) -> None:
     config = Config(model=str(full.base), max_seq_len=64, sampler={"max_running": 2}, trainer={"device": "cpu"})
     async with TransformersSampler.from_config(config, torch_threads=1) as sampler:

@@ -211,6 +211,8 @@ def test_a_model_that_is_not_finite_is_not_saved_over_one_that_is(rank: int, tmp
     with pytest.raises(TrainerError, match=r"the model of step 1 was not saved: \S+ is not finite\. Go on from an"):
         trainer.save_model(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with pytest.raises(TrainerError, match="version 1 was not published: "):
+        trainer.save_weights_for_sampler()
 
 
 def test_only_the_newest_versions_are_kept(tmp_path: Path) -> None:

@@ -56,16 +56,16 @@ def message_weights(messages: Messages, train_on: TrainOn) -> list[float]:
     return [_weight(message) if place in trained else 0.0 for place, message in enumerate(messages)]
 
 
-def read_messages(value: Any, field: str) -> Messages:
+def read_messages(value: Any, field: str, expected: str = "a list of messages") -> Messages:
     """Check a list of messages. Content in parts becomes one text, arguments of calls become objects."""
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise DataError(f"{field} is {_seen(value)}. Expected a list of messages.")
+        raise DataError(f"{field} is {_seen(value)}. Expected {expected}.")
     return [_message(message, f"{field}[{place}]") for place, message in enumerate(value)]
 
 
 def read_prompt(value: Any, field: str) -> str | Messages:
     """A text, or messages."""
-    return value if isinstance(value, str) else read_messages(value, field)
+    return value if isinstance(value, str) else read_messages(value, field, "text, or a list of messages")
 
 
 def read_text(value: Any, field: str) -> str:
@@ -101,8 +101,9 @@ def _message(value: Any, field: str) -> dict[str, Any]:
     message = {name: part for name, part in value.items() if part is not None}  # a table's empty cells
     _weight(message, f"{field}.weight")
     message["content"] = _content(message.get("content", ""), f"{field}.content")
-    if message.get("tool_calls"):
-        calls = message["tool_calls"]
+    if calls := message.get("tool_calls"):
+        if not isinstance(calls, Sequence):
+            raise DataError(f"{field}.tool_calls is {_seen(calls)}. Expected a list of calls.")
         message["tool_calls"] = [_call(call, f"{field}.tool_calls[{place}]") for place, call in enumerate(calls)]
     return message
 
@@ -123,10 +124,10 @@ def _content(content: Any, field: str) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, Sequence) else [content]
-    kinds = [part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in parts]
-    if kinds != ["text"] * len(parts):
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{field} is {_seen(content)}. Expected text, or parts of type 'text' alone.")
-    return "".join(str(part["text"]) for part in parts)
+    return "".join(texts)
 
 
 def _call(call: Any, field: str) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def _content(content: Any, field: str) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, Sequence) else [content]
-    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    texts: list[Any] = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
     if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{field} is {_seen(content)}. Expected text, or parts of type 'text' alone.")
     return "".join(texts)

@@ -100,7 +100,9 @@ def plan(config: Config, run_dir: Path, context_tokens: int | None, keep_version
         Launch(
             name=f"vllm-{index}",
             port=port,
-            command=command(config, on_cpu=on_cpu, context_tokens=context_tokens, keep_versions=keep_versions),
+            command=command(
+                config, on_cpu=on_cpu, context_tokens=context_tokens, keep_versions=keep_versions, replica=index
+            ),
             env=environment(key, on_cpu=on_cpu) | pinned[index],
             log=run_dir / "logs" / f"vllm-{index}.log",
         )
@@ -135,7 +137,9 @@ def check_model(model: str) -> None:
         raise ModelError(f"model={model!r}: the folder {found}. Expected a name on the hub, or a model's folder.")
 
 
-def command(config: Config, *, on_cpu: bool, context_tokens: int | None, keep_versions: int) -> tuple[str, ...]:
+def command(
+    config: Config, *, on_cpu: bool, context_tokens: int | None, keep_versions: int, replica: int = 0
+) -> tuple[str, ...]:
     """`vllm serve` with what the sampler needs, but the port. docs/vllm.md says what each flag is for."""
     sampler = config.sampler
     # `vllm serve` asks for a distribution named vllm, which the CPU build is not: the module behind it does not.
@@ -148,7 +152,9 @@ def command(config: Config, *, on_cpu: bool, context_tokens: int | None, keep_ve
     dtype = wanted if wanted != "auto" else "float32" if on_cpu else "bfloat16"
     flags = ["--host", HOST, "--dtype", dtype, "--middleware", KEY_MIDDLEWARE]
     flags += ["--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--disable-uvicorn-access-log"]
-    flags += ["--max-num-queued-reqs", str(MAX_QUEUED), "--seed", str(config.seed)]
+    # Replicas with one seed would answer the members of a group alike. NumPy, which vLLM seeds too, takes 32 bits.
+    seed = (config.seed * sampler.replicas + replica) % 2**32
+    flags += ["--max-num-queued-reqs", str(MAX_QUEUED), "--seed", str(seed)]
     flags += ["--worker-extension-cls", "asyncrl.sampling.vllm_worker.HotLoad"]
     context = config.max_seq_len or context_tokens
     if context is not None:

@@ -104,7 +104,7 @@ def test_openai_files_are_read() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, HELLO]}, "parts of type 'text' alone"),
         ({"messages": [USER, {**HELLO, "content": [{"type": "text"}]}]}, "parts of type 'text' alone"),
         ({"messages": [USER, {**HELLO, "content": [{"type": "text", "text": None}]}]}, "parts of type 'text' alone"),
-        ({"messages": [USER, {**HELLO, "tool_calls": 3}]}, r"messages\[1\].tool_calls is int 3. Expected a list of calls"),
+        ({"messages": [USER, {**HELLO, "tool_calls": 3}]}, r"messages\[1\].tool_calls is int 3. Expected a list"),
         ({"prompt": 3, "completion": "4"}, "prompt is int 3. Expected text, or a list of messages"),
         ({"messages": [USER, {**HELLO, "tool_calls": ["f"]}]}, r"messages\[1\].tool_calls\[0\] is str 'f'"),
         (

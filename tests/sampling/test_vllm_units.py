@@ -309,6 +309,17 @@ def test_command_on_a_gpu() -> None:
     assert "--enforce-eager" not in words
 
 
+def test_no_two_replicas_draw_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM draws what has no seed of its own from one generator; nor do runs of a sweep share a stream."""
+    monkeypatch.setattr(launch, "installed_for_cpu", lambda: True)
+    seeds = []
+    for seed in (0, 1, 2**32 - 1):
+        config = Config(model="some/model", seed=seed, sampler={"kind": "vllm", "replicas": 3})
+        seeds += [int(value(list(each.command), "--seed")) for each in launch.plan(config, tmp_path, 4096, 2, "key")]
+    assert len(set(seeds)) == 9
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
 def test_rank_that_vllm_does_not_serve() -> None:
     with pytest.raises(SamplerError, match=r"lora\.rank is 1000.*512"):
         command(False, lora={"rank": 1000})

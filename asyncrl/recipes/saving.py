@@ -58,7 +58,7 @@ class Saver:
         """
         if self._writing is not None and self._writing.written.done():
             self._settle()
-        if is_due(self.config, step, time.monotonic() - self._last_at, self._stood_still_s):
+        if self._is_due(step):
             self._settle()
             self._begin(step, state(), "interval")
 
@@ -72,6 +72,13 @@ class Saver:
         if self.config.final and step and step != self.last_step:
             self._begin(step, state(), reason)
             self._settle()
+
+    def _is_due(self, step: int) -> bool:
+        now = time.monotonic()
+        due = is_due(self.config, step, now - self._last_at, self._stood_still_s)
+        if self.config.interval is None and self._writing is not None:  # no step is named: none need wait for the disk
+            return due and now - self._writing.began > self.config.timeout_s  # then `_settle` says so
+        return due
 
     def _begin(self, step: int, state: Mapping[str, Any], reason: Reason) -> None:
         began = time.monotonic()
@@ -95,6 +102,7 @@ class Saver:
             writing.written.result(max(0.0, writing.began + self.config.timeout_s - time.monotonic()))
             commit(self.folder, self.config, writing.step, {"reason": writing.reason, "life": self.life})
         except TimeoutError:  # before OSError, which it is too
+            self._writing = writing  # it stays that: nothing else can be written, and each wait for it ends here
             raise too_slow(self.folder, self.config) from None
         except TrainerError:
             self.folder.abandon(writing.step)

@@ -73,9 +73,12 @@ class Endpoint:
     async def post(
         self, path: str, body: Any = None, *, timeout_s: float | None, params: Mapping[str, str] | None = None
     ) -> Any:
-        """The JSON of the answer, None for an empty one. Raises as `_ask` does."""
+        """The JSON of the answer, None for one without. Raises as `_ask` does."""
         text = await self._ask("POST", path, timeout_s, json=body, params=params)
-        return json.loads(text) if text.startswith(("{", "[")) else None
+        try:
+            return json.loads(text) if text.startswith(("{", "[")) else None
+        except ValueError:
+            raise SamplerRequestError(f"{self.name}: {path} answered JSON that breaks off: {text[-100:]!r}") from None
 
     async def get(self, path: str, *, timeout_s: float | None) -> str:
         """The text of the answer. Raises as `_ask` does."""

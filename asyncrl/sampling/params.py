@@ -93,22 +93,29 @@ def _body(token_ids: Sequence[int], drawn: dict[str, Any], model: str | None, ca
     return body
 
 
-def read_completion(answer: Mapping[str, Any], *, version: int | None) -> Completion:
+def read_completion(answer: Any, *, version: int | None) -> Completion:
     """The completion in an answer of the generate endpoint.
 
     `version` is that of the adapter that was asked for; None reads the version of every token from the spans
     that the server reports. Raises `SamplerRequestError` for an answer that is not a whole completion.
     """
-    choice = answer["choices"][0]
-    tokens = choice["token_ids"] or []
-    finish = finish_reason(choice["finish_reason"])
-    logprobs = [entry["logprob"] for entry in (choice["logprobs"] or {}).get("content") or []]
+    try:
+        choice = answer["choices"][0]
+        tokens, said = choice["token_ids"] or [], choice["finish_reason"]
+        logprobs = [entry["logprob"] for entry in (choice["logprobs"] or {}).get("content") or []]
+    except (KeyError, IndexError, TypeError):
+        raise SamplerRequestError(
+            f"vLLM answered {str(answer)[:200]!r}; expected a completion. What is between asyncrl and the server?"
+        ) from None
+    finish = finish_reason(said)
     if len(logprobs) != len(tokens) or not tokens:
         raise SamplerRequestError(
             f"vLLM answered with {len(tokens)} tokens and {len(logprobs)} log-probs; expected as many of both, "
             "and at least one. The answer is dropped."
         )
-    versions = [version] * len(tokens) if version is not None else read_spans(choice["weight_versions"], len(tokens))
+    versions = (
+        [version] * len(tokens) if version is not None else read_spans(choice.get("weight_versions"), len(tokens))
+    )
     return Completion(tokens=tokens, logprobs=logprobs, versions=versions, finish_reason=finish)
 
 

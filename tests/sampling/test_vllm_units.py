@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import anyio
 import anyio.lowlevel
 import pytest
@@ -17,6 +18,7 @@ from asyncrl.config import Config
 from asyncrl.ends import evaluated_weights
 from asyncrl.errors import SamplerError, SamplerRequestError
 from asyncrl.sampling import launch
+from asyncrl.sampling.endpoint import Endpoint
 from asyncrl.sampling.fleet import Fleet
 from asyncrl.sampling.load import EngineLoad, read_metrics, together
 from asyncrl.sampling.params import read_completion, read_scores, refusal, sampling_body, scoring_body
@@ -86,6 +88,28 @@ def test_fragment_is_never_a_sample(reason: str | None) -> None:
 def test_tokens_and_logprobs_must_match(changes: dict[str, Any]) -> None:
     with pytest.raises(SamplerRequestError, match="as many of both"):
         read_completion(answer(**changes), version=3)
+
+
+@pytest.mark.parametrize("said", [None, [], {}, {"choices": []}, {"choices": [{"text": "Hi"}]}])
+def test_what_is_no_completion_costs_one_request(said: Any) -> None:
+    """A proxy between may answer in vLLM's place, and with status 200."""
+    with pytest.raises(SamplerRequestError, match="expected a completion") as caught:
+        read_completion(said, version=3)
+    assert caught.value.recoverable
+    without = {name: part for name, part in answer()["choices"][0].items() if name != "weight_versions"}
+    with pytest.raises(SamplerRequestError, match="did not say which weights"):
+        read_completion({"choices": [without]}, version=None)
+
+
+async def test_json_that_breaks_off_costs_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def cut(*args: Any, **content: Any) -> tuple[int, str]:
+        return 200, '{"choices": [{"token_ids": [1, 2'
+
+    monkeypatch.setattr(Endpoint, "_exchange", cut)
+    async with aiohttp.ClientSession() as http:
+        with pytest.raises(SamplerRequestError, match=r"JSON that breaks off.*\[1, 2") as caught:
+            await Endpoint("http://localhost:1", http).post("/inference/v1/generate", {}, timeout_s=1.0)
+    assert caught.value.recoverable
 
 
 def test_scores_are_those_of_the_prompt_tokens() -> None:

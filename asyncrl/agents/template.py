@@ -41,7 +41,7 @@ class _Join:
     """How one kind of continuation is cut out of a short conversation, found by its check."""
 
     calls: int
-    """Most calls in the turn before: some templates refuse several, and render their results nevertheless."""
+    """In the turn before. One, though there are more results, where the template refuses several calls in a turn."""
     markers: int
     """How often the short conversation shows the marker."""
     needs_tools: bool
@@ -117,7 +117,7 @@ class TurnTemplate:
         """
         messages = [normalise(answer) for answer in answers]
         names = tuple(str(tool.get("function", tool).get("name")) for tool in tools)
-        kind = (tuple(role for role, _ in groupby(_roles(messages))), len(_called(messages)) > 1, names, system)
+        kind = (tuple(role for role, _ in groupby(_roles(messages))), len(_called(messages)), names, system)
         join = self._joins.get(kind)
         if join is None:
             join = self._check(messages, tools, system)
@@ -203,11 +203,9 @@ class TurnTemplate:
 
         They are counted from the start, because a message behind them may say anything, the marker too.
         """
-        at = 0
-        for _ in range(markers):
-            at = text.find(MARKER, at) + len(MARKER)
-        end = text.find(self._end_text, at)
-        if not markers or end < 0:
+        pieces = text.split(MARKER, markers)
+        end = text.find(self._end_text, len(text) - len(pieces[-1]))
+        if not markers or len(pieces) <= markers or end < 0:
             raise self._not_joined(f"it does not close a turn that others follow with {self._end_text!r}")
         return end + len(self._end_text)
 

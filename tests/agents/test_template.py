@@ -49,6 +49,16 @@ def test_a_continuation_is_the_difference_of_two_renders(answers: list[dict[str,
     assert turns.end_of_turn == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("style", get_args(Style))
+def test_a_turn_with_fewer_calls_than_the_one_before_is_answered_as_well(style: Style) -> None:
+    """A continuation is cut out behind as many markers as there are: those of three calls were looked for in a past of
+    two, and the made-up turn became context."""
+    turns = TurnTemplate(styled_tokenizer(style))
+    third = {"role": "tool", "name": "f", "tool_call_id": "call00002", "content": "3"}
+    turns.continuation([*TOOLS, third], ())
+    assert turns.continuation(TOOLS, ()) == TurnTemplate(styled_tokenizer(style)).continuation(TOOLS, ())
+
+
 def test_thoughts_that_only_the_last_turn_shows_do_not_matter() -> None:
     turns = template(THINKING)
     tokens = turns.continuation(USER, ())

@@ -90,14 +90,15 @@ class _Names:
     """The actions of a Discrete space by name."""
 
     def __init__(self, names: Sequence[str], first: int) -> None:
-        self._numbers = {name.casefold(): first + index for index, name in enumerate(names)}
-        longest_first = sorted(names, key=len, reverse=True)
-        self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
+        longest_first = sorted(range(len(names)), key=lambda index: -len(names[index]))
+        self._numbers = [first + index for index in longest_first]
+        options = "|".join(f"({re.escape(names[index])})" for index in longest_first)
+        self._pattern = re.compile(rf"(?<!\w)(?:{options})(?!\w)", re.IGNORECASE)
         self.expected = f"one of {', '.join(names)}"
 
     def read(self, text: str) -> int | None:
-        found = self._pattern.findall(text)
-        return self._numbers[found[-1].casefold()] if found else None
+        found = list(self._pattern.finditer(text))
+        return self._numbers[(found[-1].lastindex or 0) - 1] if found else None
 
 
 class _Text:

@@ -53,7 +53,7 @@ def lake(make: Any = None) -> asyncrl.GymnasiumEnvironment:
 def test_actions_are_read_by_name() -> None:
     env = lake()
     assert env.reset(prompt()) == "You are at 0 of 16."
-    assert env.step("right").observation == "You are at 1 of 16."
+    assert env.step("r\u0131ght").observation == "You are at 1 of 16."  # an i without its dot is one but for its case
     assert env.step("Going up changes nothing; **Right**, then!").observation == "You are at 2 of 16."
     assert env.step("I walk DOWN").observation == "You are at 6 of 16."
     refused = env.step("fly, upright")

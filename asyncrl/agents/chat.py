@@ -17,7 +17,7 @@ from asyncrl.agents.calls import MalformedCall, ToolCall
 from asyncrl.agents.conversation import MALFORMED, Conversation, Drawn
 from asyncrl.agents.tools import ToolResult, collect_tools
 from asyncrl.agents.transcript import Node
-from asyncrl.errors import LimitReached, RolloutContractError
+from asyncrl.errors import LimitReached, RolloutContractError, first_failure
 from asyncrl.rollout.failures import brief
 from asyncrl.sections import Limit, LimitChoice
 from asyncrl.types import Rollout
@@ -244,9 +244,12 @@ class Chat:
         if len(calls) == 1:
             await answer(0)
         else:
-            async with anyio.create_task_group() as group:
-                for index in range(len(calls)):
-                    group.start_soon(answer, index)
+            try:
+                async with anyio.create_task_group() as group:
+                    for index in range(len(calls)):
+                        group.start_soon(answer, index)
+            except BaseExceptionGroup as failures:  # as that of a single call
+                raise first_failure(failures) from None
         self._tool_seconds += seconds
         for call, asked, result in zip(calls, written, results, strict=True):
             self.tool_errors += result.error

@@ -292,3 +292,12 @@ async def test_half_a_surrogate_pair_in_a_message_is_a_question_mark(speak, toke
     await chat.step("y \ud83d")
     assert "user\n? x" in tokenizer.decode(sampler.requests[0].token_ids)
     assert "user\ny ?" in tokenizer.decode(sampler.requests[1].token_ids)
+
+
+async def test_a_tool_that_has_the_rollout_drawn_again_does_so_beside_other_calls_too(speak) -> None:
+    async def broken() -> str:
+        raise asyncrl.RecoverableRolloutError("the database is down")
+
+    policy, _ = speak(call("broken") + call("add", a=1, b=2) + END)
+    with pytest.raises(asyncrl.RecoverableRolloutError, match="the database is down"):
+        await policy.chat("go", tools=[broken, add]).run()

@@ -209,15 +209,17 @@ def _parameter_schemas(name: str, tools: Sequence[Mapping[str, Any]]) -> Mapping
     for tool in tools:
         function = tool.get("function", tool)
         if function.get("name") == name:
-            schemas: Mapping[str, Any] = (function.get("parameters") or {}).get("properties") or {}
-            return schemas
+            return _mapping(_mapping(function.get("parameters")).get("properties"))
     return {}
 
 
-def _typed(value: str, schema: Mapping[str, Any]) -> Any:
-    """Text where the schema takes text, else JSON where it is JSON: whoever runs the tool checks the types."""
-    options = [schema, *schema.get("anyOf", ()), *schema.get("oneOf", ())]
-    types = [name for option in options for name in _listed(option.get("type", ()))]
+def _typed(value: str, schema: Any) -> Any:
+    """Text where the schema takes text, else JSON where it is JSON: whoever runs the tool checks the types.
+
+    Schemas come from clients and servers, and may be `true` for anything, or no schema at all.
+    """
+    options = [schema, *(option for key in ("anyOf", "oneOf") for option in _listed(_mapping(schema).get(key)))]
+    types = [name for option in options for name in _listed(_mapping(option).get("type"))]
     if "string" in types and not ("null" in types and value == "null"):
         return value
     try:
@@ -226,8 +228,12 @@ def _typed(value: str, schema: Mapping[str, Any]) -> Any:
         return value
 
 
-def _listed(types: str | Sequence[str]) -> Sequence[str]:
-    return (types,) if isinstance(types, str) else types
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else (value,)
 
 
 def _parse(text: str) -> Any:

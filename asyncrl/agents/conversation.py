@@ -143,13 +143,14 @@ class Conversation:
             completion = await self._policy.generate(tokens, max_tokens=max_tokens, stop_token_ids=self._stops)
         finally:
             place.node.drawing -= 1
+        seconds = time.monotonic() - began
         completion = cut_at_stop(completion, stop, self._decode)
-        node = self.transcript.add(place.node, place.context, completion, place.cause)
-        node.seconds = time.monotonic() - began
         spoken = completion.tokens[:-1] if completion.finish_reason == "stop" else completion.tokens
         turn = self._template.read(before_stop(self._decode(spoken), stop), tools)
         message = as_message(turn, self._calls)
         self._calls += len(turn.calls)
+        node = self.transcript.add(place.node, place.context, completion, place.cause)
+        node.seconds = seconds
         return Drawn(turn, message, completion, len(tokens), node)
 
     # Places

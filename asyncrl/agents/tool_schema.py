@@ -182,11 +182,13 @@ def _parameters(arguments: type[BaseModel], name: str) -> dict[str, Any]:
     return {"type": "object", "properties": {}, **without_titles(schema)}
 
 
-def without_titles(schema: dict[str, Any]) -> dict[str, Any]:
-    """Titles only repeat names, and cost tokens in every prompt."""
+def without_titles(schema: Any) -> Any:
+    """Titles only repeat names, and cost tokens in every prompt. A schema may also be just `true`."""
+    if not isinstance(schema, Mapping):
+        return schema
     slim = {key: value for key, value in schema.items() if key not in ("title", "additionalProperties")}
     for key in ("properties", "$defs"):
-        if key in slim:
+        if isinstance(slim.get(key), Mapping):
             slim[key] = {name: without_titles(inner) for name, inner in slim[key].items()}
     return slim
 

@@ -238,3 +238,17 @@ def test_a_megabyte_of_marks_is_read(style: CallStyle) -> None:
     """Backtracking would take hours here: what matters is that the test ends."""
     for unit in HOSTILE:
         read_turn(unit * (1_000_000 // len(unit)), style)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        *({"properties": {"x": schema}} for schema in (True, None, {"type": None}, {"anyOf": None}, {"anyOf": [True]})),
+        *({"properties": properties} for properties in (True, [])),
+        [],
+    ],
+)
+def test_a_schema_that_says_nothing_of_a_type_stops_no_turn(parameters: Any) -> None:
+    """They come from clients and MCP servers; some write `true` for anything."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    assert read_turn("<function=f><parameter=x>1</parameter></function>", "xml", tools=tools).calls == (F,)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 
 from asyncrl import RecoverableRolloutError, tool
 from asyncrl.agents import tools
-from asyncrl.agents.tool_schema import signature_of
+from asyncrl.agents.tool_schema import signature_of, without_titles
 from asyncrl.agents.tools import Tool, ToolError, collect_tools
 from asyncrl.data import Prompt
 
@@ -109,6 +109,12 @@ def test_limits_of_a_field_reach_the_schema_and_the_check() -> None:
         "minimum": 2,
         "description": "Of the die.",
     }
+
+
+def test_a_schema_of_a_server_may_be_just_true() -> None:
+    """Servers written in Go say so of an argument of any type."""
+    schema = {"title": "T", "properties": {"x": True, "y": {"title": "Y", "type": "string"}}, "$defs": None}
+    assert without_titles(schema) == {"properties": {"x": True, "y": {"type": "string"}}, "$defs": None}
 
 
 def test_a_tool_is_still_the_function() -> None:

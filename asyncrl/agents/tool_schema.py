@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any, get_type_hints
 from weakref import WeakKeyDictionary
@@ -42,8 +42,6 @@ class Signature:
     is_async: bool = True
     needs_self: bool = False
     """It is a method that is not bound to an object yet."""
-    raised: set[str] = field(default_factory=set)
-    """Types of exceptions that a call has ended with and that the log tells of already."""
 
     @property
     def schema(self) -> dict[str, Any]:

@@ -37,6 +37,8 @@ CANCEL_GRACE_S = 5.0
 
 log = structlog.get_logger(__name__)
 
+_told: RunVar[set[tuple[str, str]]] = RunVar("asyncrl_tools_that_raised")
+"""Names of tools, and what they raised. Not of a signature: that of an MCP server's tool is made for each rollout."""
 _threads: RunVar[WeakKeyDictionary[Signature, Threads]] = RunVar("asyncrl_tool_threads")
 
 
@@ -154,8 +156,13 @@ class Tool(Generic[P, R]):
     def _tell_once(self, error: BaseException) -> None:
         """The model alone reads what a tool raises, so a tool that is broken would go unseen."""
         kind = type(error).__name__
-        if kind not in self.signature.raised:
-            self.signature.raised.add(kind)
+        try:
+            told = _told.get()
+        except LookupError:
+            told = set()
+            _told.set(told)
+        if (self.name, kind) not in told:
+            told.add((self.name, kind))
             *_, last = traceback.extract_tb(error.__traceback__) or [None]
             where = f"{last.filename}:{last.lineno}" if last else "nowhere"
             log.warning(

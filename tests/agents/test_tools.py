@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 
 from asyncrl import RecoverableRolloutError, tool
 from asyncrl.agents import tools
-from asyncrl.agents.tool_schema import signature_of, without_titles
+from asyncrl.agents.tool_schema import Signature, signature_of, without_titles
 from asyncrl.agents.tools import Tool, ToolError, collect_tools
 from asyncrl.data import Prompt
 
@@ -415,6 +415,16 @@ async def test_the_log_tells_once_of_what_a_tool_raises_and_where() -> None:
         ("divide", "Error: ZeroDivisionError: division by zero")
     ]
     assert "test_tools.py:" in logs[0]["where"]
+
+
+async def test_it_tells_once_of_a_tool_that_is_made_for_each_rollout() -> None:
+    async def fail() -> None:
+        raise OSError("gone")
+
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(3):  # as those of an MCP server are
+            await Tool(fail, signature=Signature("fail", "", {}, dict)).call({})
+    assert len(logs) == 1
 
 
 async def test_a_time_limit_of_its_own_is_the_tools_error_not_ours() -> None:

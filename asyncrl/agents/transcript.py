@@ -107,6 +107,11 @@ class Transcript:
         assert node.parent is not None
         assert not node.children
         node.parent.children.remove(node)
+        if not node.parent.children:  # it is a leaf again
+            heard = list(node.messages[:-1])
+            while heard and heard[-1].get("role") != "assistant":
+                heard.pop()
+            node.parent.messages = heard
         self._order.remove(node)
         self._count(f"drop: {cause}")
 

@@ -309,18 +309,18 @@ class _Trail:
     """A key for the history up to each message. What clients lose or invent is left out: ids, thoughts."""
 
     def __init__(self, messages: Sequence[Message], tools: Sequence[Message]) -> None:
-        self._digest = blake2b(_canonical(tools), digest_size=16)
+        self._digest = blake2b(canonical(tools), digest_size=16)
         self.keys = [self.extend(message) for message in messages]
 
     def extend(self, message: Message) -> bytes:
         """The key of the history that goes on with this message."""
         said = normalise(message)
         calls = [(call["function"]["name"], call["function"]["arguments"]) for call in said.get("tool_calls") or ()]
-        self._digest.update(_canonical([said["role"], (said.get("content") or "").strip(), calls]))
+        self._digest.update(canonical([said["role"], (said.get("content") or "").strip(), calls]))
         return self._digest.digest()
 
 
-def _canonical(value: Any) -> bytes:
+def canonical(value: Any) -> bytes:
     return _canonical_json(value).encode()
 
 

@@ -143,6 +143,7 @@ class Endpoint:
     async def _count_tokens(self, http: web.Request) -> web.Response:
         session = self._session(http)
         ask = Messages.model_validate_json(await http.read()).ask({})
+        session.check_length(ask)
         count = len(session.policy.template.opening(ask.messages, ask.tools))
         return web.json_response({"input_tokens": count})
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from asyncrl.agents.conversation import canonical
 from asyncrl.agents.endpoint.refusal import Refusal
 from asyncrl.agents.endpoint.request import Ask, Call, Reply, Request, smaller
 from asyncrl.agents.messages import Message
 from asyncrl.agents.stops import before_stop, first_stop
-from asyncrl.errors import first_failure
+from asyncrl.errors import ContextFull, first_failure
 
 if TYPE_CHECKING:
     from asyncrl.agents.conversation import Drawn
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 CONCURRENT_DRAWS = 64
 """Draws of one rollout that are under way at once; others wait in line. An agent that branches without end then
 takes a share of the sampler and not all of it."""
+
+MOST_CHARS_PER_TOKEN = 32
+"""No text that agents read comes near it on average. What is longer is refused unread: to make tokens of 32 MB would
+hold all rollouts up for half a minute."""
 
 GONE = "the client closed the connection"
 
@@ -33,6 +38,7 @@ class Session:
         self.policy = policy
         self.past: dict[str, Sequence[Message]] = {}
         """Id of a response -> its conversation, the response included."""
+        self._said: dict[bytes, Message] = {}
         self._max_calls = max_calls
         self._calls = 0
         self._room = anyio.CapacityLimiter(CONCURRENT_DRAWS)
@@ -44,6 +50,7 @@ class Session:
 
         Raises:
             Refusal: there is nothing to answer, the rollout has used up its calls, or it has ended.
+            ContextFull: as `check_length`.
         """
         if self._closed:  # while the body was read
             raise ended()
@@ -55,6 +62,7 @@ class Session:
             )
         if ask.messages and ask.messages[-1]["role"] == "assistant":
             raise Refusal(400, "the messages end with the assistant's own: expected something to answer.")
+        self.check_length(ask)
         draws = ask.n * (len(ask.prompts) or 1)
         if self._calls + draws > self._max_calls:
             raise Refusal(
@@ -69,11 +77,19 @@ class Session:
         task.add_done_callback(self._ended)
         return task
 
+    def check_length(self, ask: Ask) -> None:
+        """Raises ContextFull: what is asked is so long that nobody need count its tokens."""
+        most = self.policy.max_seq_len
+        longest = max([sum(len(message["content"]) for message in ask.messages), *map(len, ask.prompts)])
+        if longest > MOST_CHARS_PER_TOKEN * most:
+            raise ContextFull(f"the context has {longest} characters, and max_seq_len is {most} tokens.")
+
     def replies(self, ask: Ask, drawn: Sequence[Drawn]) -> list[Reply]:
         return [self._reply(ask, one) for one in drawn]
 
     def remember(self, response_id: str, ask: Ask, reply: Reply) -> None:
-        self.past[response_id] = [*ask.messages, reply.message]
+        """Each message is kept once: many clients send the whole history with every call and refer to none of it."""
+        self.past[response_id] = [self._said.setdefault(canonical(one), one) for one in (*ask.messages, reply.message)]
 
     def unread(self, drawn: Sequence[Drawn], cause: str) -> None:
         """Nobody has read these turns: they are not trained, unless another call has gone on from them."""

@@ -131,6 +131,27 @@ async def test_responses_go_on_from_any_earlier_one_of_their_rollout_alone(begin
     assert policy.captured.transcript.counts == {"fork: branch": 1}
 
 
+async def test_a_history_that_is_sent_whole_with_every_call_is_kept_once(begin, endpoint) -> None:
+    policy, _ = begin(lambda text: "said" + END)
+    history: list[Any] = []
+    async with openai_client(policy) as client:
+        for turn in range(4):
+            history.append(user(f"turn {turn}"))
+            history += (await client.responses.create(model="m", input=history)).output
+    past = endpoint._sessions[policy.openai_api_key].past
+    assert [len(messages) for messages in past.values()] == [2, 4, 6, 8]
+    assert len({id(message) for messages in past.values() for message in messages}) == 5  # it always said the same
+
+
+async def test_a_turn_that_nobody_read_leaves_the_words_before_it_in_the_log(begin) -> None:
+    policy, _ = begin(turns("one", "two"))
+    asked = [user("a"), {"role": "assistant", "content": "one"}, user("b")]
+    await policy.captured.draw(asked[:1])
+    unread = await policy.captured.draw(asked)
+    policy.captured.transcript.drop(unread.node, "the client closed the connection")
+    assert policy.captured_run(reward=0.0).info["messages"] == asked[:2]
+
+
 async def test_branches_without_end_take_their_turn_and_end_at_the_limit(begin) -> None:
     """Some of 200 calls draw, the others wait in line, and those over the limit are told so at once."""
     policy, teller = begin(lambda text: "x" + END)

@@ -11,7 +11,8 @@ import anthropic
 import openai
 import pytest
 
-from asyncrl.agents.endpoint import server
+from asyncrl.agents.endpoint import server, session
+from asyncrl.agents.template import TurnTemplate
 from asyncrl.errors import LimitReached, ModelError, SamplerError, SamplerRequestError
 from asyncrl.rollout.failures import is_recoverable
 from tests.agents.endpoint.clients import anthropic_client, openai_client
@@ -185,6 +186,19 @@ async def test_a_full_context_is_told_as_such(begin, way: str) -> None:
     if library(way) is openai:
         assert caught.value.body["code"] == "context_length_exceeded"
     assert is_recoverable(caught.value)  # an agent that does not catch it costs one rollout, and not the run
+    assert teller.said == []
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+async def test_what_is_far_too_long_is_refused_before_it_is_made_into_tokens(
+    begin, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(session, "MOST_CHARS_PER_TOKEN", 0)
+    monkeypatch.setattr(TurnTemplate, "encode", None)
+    policy, teller = begin(turns())
+    async with client_for(way, policy) as client:
+        with pytest.raises(library(way).BadRequestError, match="context_length_exceeded: the context has 1 characters"):
+            await EVERY_WAY[way](client)
     assert teller.said == []
 
 

@@ -83,6 +83,7 @@ async def mcp_tools(
             for tool, signature in listed
         ]
     finally:
+        server.ended = True
         await server.close()
 
 
@@ -95,9 +96,16 @@ class _Server:
         self._start_timeout_s = start_timeout_s
         self._connection: _Connection | None = None
         self._starting = anyio.Lock()
+        self.ended = False
+        """Nobody would close what is started now."""
 
     async def client(self) -> Client:
         async with self._starting:
+            if self.ended:
+                raise ToolError(
+                    f"a tool of the MCP server {self._name} was called after the block of `async with "
+                    "asyncrl.mcp_tools(...)` that it is from. Expected the chat to run inside of that block."
+                )
             if self._connection is not None and self._connection.client is not None:
                 return self._connection.client
             if self._connection is not None:

@@ -113,6 +113,16 @@ async def test_a_server_that_does_not_list_its_tools_is_given_up() -> None:
         await mcp._list_tools(Silent(), "shop", 0.05)  # type: ignore[arg-type]
 
 
+async def test_a_tool_that_outlives_its_block_starts_no_server_that_nobody_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with shop() as tools:
+        pass
+    monkeypatch.setattr(mcp, "_Connection", None)
+    with pytest.raises(ToolError, match="inside of that block"):
+        await tools["buy"].call({"item": "tea"})
+
+
 async def test_either_a_command_or_a_url() -> None:
     for arguments in ((), ("python", "server.py")):
         with pytest.raises(ToolError, match="takes either a command"):

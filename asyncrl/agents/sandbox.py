@@ -72,10 +72,17 @@ class Outcome:
         if self.timed_out:
             how = "[ended: it took too long]"
         elif self.exit_code < 0:
-            how = f"[ended by {signal.Signals(-self.exit_code).name}]"
+            how = f"[ended by {_signal_name(-self.exit_code)}]"
         elif self.exit_code > 0:
             how = f"[exit code {self.exit_code}]"
         return "\n".join(part for part in (self.stdout.rstrip(), self.stderr.rstrip(), how) if part) or "[no output]"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # one of the real-time signals, which a program can send itself
+        return f"signal {number}"
 
 
 async def run_python(

@@ -58,6 +58,7 @@ async def test_what_fails_says_so_in_short() -> None:
     assert outcome.stderr.startswith('Traceback (most recent call last):\n  File "main.py", line 3')
     assert str(outcome).endswith("ZeroDivisionError: division by zero\n[exit code 1]")
     assert str(await run_python("import os; os.abort()")) == "[ended by SIGABRT]"
+    assert str(Outcome("", "", exit_code=-40)) == "[ended by signal 40]"  # a program can send itself one without a name
     assert str(await run_python("pass")) == "[no output]"
     assert "EOFError" in (await run_python("input()")).stderr
     assert "null bytes" in (await run_python("print(1)\0")).stderr

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -145,7 +146,22 @@ class _Host:
 
     @classmethod
     async def open(cls, make: Callable[[], Environment | Awaitable[Environment]], timeout_s: float) -> _Host:
-        return cls(await _call(make, getattr(make, "__name__", "make"), timeout_s), timeout_s)
+        name, given_up = getattr(make, "__name__", "make"), threading.Event()
+        if inspect.iscoroutinefunction(make):
+            return cls(await _call(make, name, timeout_s), timeout_s)
+
+        def in_thread() -> Environment | Awaitable[Environment]:
+            made = make()
+            close = getattr(made, "close", None)
+            if given_up.is_set() and close is not None and not inspect.iscoroutinefunction(close):
+                close()  # nobody else will: this thread could not be ended
+            return made
+
+        try:
+            return cls(await _call(in_thread, name, timeout_s), timeout_s)
+        except BaseException:
+            given_up.set()
+            raise
 
     async def reset(self, prompt: Prompt) -> str:
         return self._text(await self._call("reset", self.environment.reset, prompt), "reset")

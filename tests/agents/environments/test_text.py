@@ -171,6 +171,24 @@ async def test_a_world_that_hangs_is_named(speak: Any, sync: bool) -> None:
     assert [world.closed for world in worlds] == [int(sync)]
 
 
+async def test_a_world_that_is_made_too_late_is_closed(speak: Any) -> None:
+    let_go, closed = threading.Event(), threading.Event()
+
+    class Late(Guess):
+        def __init__(self) -> None:
+            super().__init__()
+            let_go.wait(30)
+
+        def close(self) -> None:
+            closed.set()
+
+    policy, _ = speak()
+    with pytest.raises(TimeoutError, match=r"^Late took longer than"):
+        await asyncrl.environment_rollout(Late, step_timeout_s=0.05)(ask(policy))
+    let_go.set()
+    assert await asyncio.to_thread(closed.wait, 10)
+
+
 async def test_what_a_world_raises_comes_through_and_it_is_closed(speak: Any) -> None:
     class Broken(Guess):
         def step(self, action: str) -> asyncrl.Step:

@@ -306,7 +306,8 @@ def _as_function(call: ToolCall | MalformedCall) -> dict[str, Any]:
 
 
 class _Trail:
-    """A key for the history up to each message. What clients lose or invent is left out: ids, thoughts."""
+    """A key for the history up to each message. What clients lose or invent is left out: ids, thoughts, and that a
+    number is written as 1.0."""
 
     def __init__(self, messages: Sequence[Message], tools: Sequence[Message]) -> None:
         self._digest = blake2b(canonical(tools), digest_size=16)
@@ -315,9 +316,19 @@ class _Trail:
     def extend(self, message: Message) -> bytes:
         """The key of the history that goes on with this message."""
         said = normalise(message)
-        calls = [(call["function"]["name"], call["function"]["arguments"]) for call in said.get("tool_calls") or ()]
+        functions = [call["function"] for call in said.get("tool_calls") or ()]
+        calls = [(function["name"], _whole(function["arguments"])) for function in functions]
         self._digest.update(canonical([said["role"], (said.get("content") or "").strip(), calls]))
         return self._digest.digest()
+
+
+def _whole(value: Any) -> Any:
+    """With 1 for 1.0, as every client in JavaScript writes it."""
+    if isinstance(value, dict):
+        return {key: _whole(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_whole(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def canonical(value: Any) -> bytes:

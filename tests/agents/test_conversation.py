@@ -54,14 +54,14 @@ async def test_a_history_that_comes_back_is_extended(speak) -> None:
 
 
 async def test_ids_and_the_form_of_arguments_do_not_matter(speak) -> None:
-    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1.0, "b": [{"c": 2.0}, 0.5, true]}}\n</tool_call>'
     policy, sampler = speak(call + END, f"3{END}")
     conversation = Conversation(policy)
     drawn = await ask(conversation, [user("1+2")], tools=TOOLS)
     assert drawn.message["tool_calls"][0]["function"]["name"] == "add"
-    back = {"role": "assistant", "content": None, "tool_calls": [
-        {"id": "other", "type": "function", "function": {"name": "add", "arguments": '{"b": 2, "a":1}'}}
-    ]}  # fmt: skip
+    function = {"name": "add", "arguments": '{"b": [{"c": 2}, 0.5, true], "a":1}'}
+    call_back = {"id": "other", "type": "function", "function": function}
+    back = {"role": "assistant", "content": None, "tool_calls": [call_back]}
     await ask(conversation, [user("1+2"), back, {"role": "tool", "tool_call_id": "other", "content": "3"}], tools=TOOLS)
     assert len(segments(conversation)) == 1
     holds_the_truth(conversation, sampler)

@@ -30,7 +30,7 @@ EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=[Healt
 
 texts = st.sampled_from(["", "So.", " with space \n", "\n\n", "über 漢字", "<b>", '{"a": 1}', "asyncrl0marker"])
 calls = st.lists(
-    st.tuples(st.sampled_from(["look", "ask", "nothing"]), st.sampled_from([0, 3, 7, "three"])), max_size=2
+    st.tuples(st.sampled_from(["look", "ask", "nothing"]), st.sampled_from([0, 3, 7, "three"])), max_size=4
 )
 lines = st.builds(
     Line,

@@ -74,7 +74,7 @@ def verdict(outcome: dict[str, Any]) -> str:
         return "not reached" if outcome["whole"] else f"wrong: it was not reached, and yet: {error}"
     if not error and not outcome["code"]:
         if not outcome["whole"]:
-            return "wrong: it ended, and is not whole"
+            return "limit" if _told_of_a_limit(outcome["stderr"]) else "wrong: it ended, and is not whole"
         return "harmless" if outcome["function"] in HARMLESS else "wrong: it went on"
     # The file and the line, as who waits for what is told.
     line = f"{point.split(':')[0].rpartition('.')[2]}.py:{outcome['line']})"
@@ -87,3 +87,9 @@ def verdict(outcome: dict[str, Any]) -> str:
     if HARMLESS.get(outcome["function"]) == NOT_WATCHED and any(said in error for said in NEXT_REQUEST):
         return "next request"
     return f"wrong: ended by {error}"
+
+
+def _told_of_a_limit(stderr: str) -> bool:
+    """An evaluation goes on without the rollouts that fail, and says why each did."""
+    failed = [line for line in stderr.splitlines() if "an evaluation rollout failed" in line]
+    return bool(failed) and all(any(said in line for said in SAMPLER_LIMITS) for line in failed)

@@ -11,11 +11,14 @@ NO_OUTAGE = "a clock that bounds outages: without one of longer than that, nobod
 NOT_WATCHED = "a replica that is not watched serves on; that it was lost, or has forgotten, is said by the next request"
 HARMLESS = {
     "Endpoint.load": IS_REPLACED,
+    "Endpoint.load_adapter": COMES_BACK,
     "Endpoint.load_weights": IS_REPLACED,
     "Endpoint.unload_adapter": IS_REPLACED,
     "Fleet._attend": DRAWN_AGAIN,
     "Fleet.none_up": NO_OUTAGE,
+    "Fleet.some_up": DRAWN_AGAIN,
     "LiveAdapters.forgot": NOT_WATCHED,
+    "LiveAdapters.give": COMES_BACK,
     "LiveModel.forgot": NOT_WATCHED,
     "LiveModel.until_open": DRAWN_AGAIN,
     "Replica.is_lost_after": DRAWN_AGAIN,

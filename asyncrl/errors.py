@@ -28,6 +28,8 @@ A message says what was found, what was expected, and what to do next.
 
 from __future__ import annotations
 
+from types import TracebackType
+
 
 class AsyncRLError(Exception):
     """The root of the tree."""
@@ -124,6 +126,15 @@ class StallError(EngineError):
 
 class EvaluationFailed(EngineError):
     """An evaluation came to no result. Beside training it is reported, and the run goes on."""
+
+
+def traceback_from(error: BaseException, callers: tuple[str, ...]) -> TracebackType | None:
+    """Without its outer frames that are in files whose path begins like one of `callers`: they say nothing to whoever
+    wrote what was called. None: there is no other."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(callers):
+        trace = trace.tb_next
+    return trace
 
 
 def first_failure(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from asyncrl.errors import AsyncRLError, ConfigError
+from asyncrl.errors import AsyncRLError, ConfigError, traceback_from
 
 
 def is_reference(value: object) -> bool:
@@ -81,9 +81,7 @@ def _load_module(name: str, folder: Path, setting: str) -> ModuleType:
 
 def _users_traceback(error: Exception) -> str:
     """From the user's file on: the frames that import it say nothing."""
-    ours, trace = (__file__, importlib.__file__, "<frozen "), error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(ours):
-        trace = trace.tb_next
+    trace = traceback_from(error, (__file__, importlib.__file__, "<frozen "))
     return "".join(traceback.format_exception(type(error), error, trace)).rstrip()
 
 

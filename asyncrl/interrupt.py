@@ -128,10 +128,10 @@ def stop_on_signals(
             if loop is not None:
                 loop.call_soon_threadsafe(ask)
             else:
-                _say(stopping())
+                say(stopping())
                 interrupt()
         elif number == signal.SIGINT or (number == signal.SIGTERM and time.monotonic() - asked_at > TOGETHER_S):
-            _say(f"stopping at once, with exit code {CUT_SHORT}")
+            say(f"stopping at once, with exit code {CUT_SHORT}")
             at_once()
             os._exit(CUT_SHORT)  # nothing stays behind: children see by themselves that this process is gone
 
@@ -150,7 +150,8 @@ def _handled() -> list[signal.Signals]:
     return numbers
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """On standard error, from wherever: a signal's handler, another thread."""
     # Not by print: the handler may have interrupted one, and a buffer cannot be entered twice.
     with suppress(OSError):  # the terminal is gone
         os.write(STDERR, f"\n{text}\n".encode())

@@ -21,14 +21,13 @@ from types import TracebackType
 import structlog
 
 from asyncrl.exits import CUT_SHORT, STALLED
-from asyncrl.interrupt import Interrupt
+from asyncrl.interrupt import Interrupt, say
 from asyncrl.metrics.lag import name_of
 from asyncrl.watchdog import LOOKS, Watchdog
 
 LONGEST_TICK_S = 1.0
 UNHEARD_S = 1.0
 """The loop may be busy for so long when it is asked to stop."""
-STDERR = 2
 
 log = structlog.get_logger(__name__)
 
@@ -80,7 +79,7 @@ class LastResort:
         stalled, ending = self._watchdog.limit_s, self._watchdog.ending
         if min(self._stopping_s, self._deaf_s) >= UNHEARD_S and "unheard" not in self._said:
             self._said.add("unheard")
-            self._say(f"the stop waits for the event loop{self._blocked_by()}; once more stops at once")
+            say(f"the stop waits for the event loop{self._blocked_by()}; once more stops at once")
         if self._stopping_s >= self._stop_limit_s:
             self._end(CUT_SHORT, f"the stop has not come to its end within stop_timeout_s={self._stop_limit_s:g} s")
         elif self._deaf_s >= stalled:
@@ -105,9 +104,5 @@ class LastResort:
         if not self._interrupt.owns_process:
             log.error(text)
             return
-        self._say(f"error: {text}\nthe process is ended with exit code {code}")
+        say(f"error: {text}\nthe process is ended with exit code {code}")
         os._exit(code)
-
-    def _say(self, text: str) -> None:
-        with suppress(OSError):  # nobody reads it any more
-            os.write(STDERR, f"\n{text}\n".encode())

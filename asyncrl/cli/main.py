@@ -19,7 +19,6 @@ from asyncrl.exits import FAILED, NO_READER, STALLED, USER_ERROR, stopped_by
 LEAVE_S = 30.0
 """Python waits at its end for threads that others have started; one that never ends does not hold up the command."""
 
-LAST_PORT = 65535
 RECIPES = {
     "sft": "Train on conversations or texts as they are.",
     "dpo": "Train on pairs of answers, against a reference model.",
@@ -263,6 +262,8 @@ def _positive(text: str) -> int:
 
 
 def _port(text: str) -> int:
+    from asyncrl.sections import LAST_PORT
+
     if (port := _positive(text)) > LAST_PORT:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port: they end at {LAST_PORT}")
     return port

@@ -20,7 +20,7 @@ from asyncrl.exits import FAILED, FINISHED
 from asyncrl.interrupt import Interrupt, stop_on_signals
 from asyncrl.reports.run_data import flat, load_run
 from asyncrl.reports.settings import PLACES
-from asyncrl.storage.folder import RunFolder, write_json
+from asyncrl.storage.folder import RunFolder, make_folder, write_json
 from asyncrl.sweeps.processes import Job, Runner
 from asyncrl.sweeps.results import Group, Result, group_results, has_finished, read_result, target_of
 from asyncrl.sweeps.trials import Axis, Trial, make_trials, parse_axis
@@ -40,10 +40,7 @@ def sweep(config_file: str, axes: Sequence[str], rest: Sequence[str], out: str |
     trials = make_trials(swept, lambda given: load_config(config_file, given), folder, shared)
     totals = _check_data(trials)
     work = [_job(trial) for trial in trials]
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out: {folder} cannot be used: {error.strerror}. Name a folder of your own.") from None
+    make_folder(folder, "--out")
     console = Console(highlight=False)
     console.print(f"sweep of {len(work)} runs in {folder}", soft_wrap=True)
     runner = Runner(work, lambda trial: _command(config_file, trial), at_once=jobs)

@@ -25,7 +25,7 @@ from asyncrl.config import (
 from asyncrl.demo.model import WARM_STEPS, make_model
 from asyncrl.demo.task import problems, rollout
 from asyncrl.errors import ConfigError
-from asyncrl.storage.folder import RunFolder
+from asyncrl.storage.folder import RunFolder, make_folder
 
 if TYPE_CHECKING:
     from asyncrl.run import TrainResult
@@ -53,12 +53,7 @@ def run_demo(
     folder = RunFolder(Path(out or f"runs/demo-{datetime.now(UTC):%Y%m%d-%H%M%S}").absolute())
     if found := folder.holds():  # better said before the warm start than by `train` after it
         raise ConfigError(f"--out: {folder.root} already holds a run ({', '.join(found)}). Choose a new folder.")
-    try:
-        folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"--out: {folder.root} cannot be used: {error.strerror}. Name a folder of your own."
-        ) from None
+    make_folder(folder.root, "--out")
     model = make_model(folder.root, seed=seed, steps=warm_steps, quiet=quiet)
     result = asyncrl.train(
         rollout,

@@ -21,7 +21,7 @@ from asyncrl.config import Config as EngineConfig
 from asyncrl.data import Cursor, Rows, load_rows
 from asyncrl.errors import AsyncRLError, ConfigError, StepFailed
 from asyncrl.exits import CUT_SHORT
-from asyncrl.interrupt import STDERR, Interrupt, stop_on_signals
+from asyncrl.interrupt import Interrupt, say, stop_on_signals
 from asyncrl.lives import Resume
 from asyncrl.metrics.sinks import open_sinks
 from asyncrl.model_facts import load_tokenizer, read_facts
@@ -138,7 +138,7 @@ def _bounded(stop: Interrupt, limit_s: float) -> Iterator[None]:
     """End the process where a stop that was asked for does not come to its end: a step or a disk that hangs."""
 
     def end() -> None:
-        os.write(STDERR, f"the stop has not come to its end within stop_timeout_s={limit_s:g} s\n".encode())
+        say(f"the stop has not come to its end within stop_timeout_s={limit_s:g} s")
         os._exit(CUT_SHORT)
 
     timer = threading.Timer(limit_s, end)

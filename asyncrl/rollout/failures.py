@@ -23,6 +23,7 @@ from asyncrl.errors import (
     RolloutFailed,
     RolloutTimeout,
     SamplerRequestError,
+    traceback_from,
 )
 from asyncrl.terminal import visible
 
@@ -136,10 +137,7 @@ def _in_users_function(error: BaseException) -> TracebackType | None:
     """The traceback from the user's function on; the frames that called it say nothing. None: it did not come there."""
     here = Path(__file__).parent
     callers = str(here), str(here.with_name("workers.py"))
-    trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(callers):
-        trace = trace.tb_next
-    return trace
+    return traceback_from(error, callers)
 
 
 def users_traceback(error: BaseException) -> str:

@@ -265,6 +265,14 @@ def _new_name() -> Path:
     return Path("runs") / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
+def make_folder(folder: Path, setting: str) -> None:
+    """Raises `ConfigError`, which names the setting, where it cannot be."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{setting}: {folder} cannot be used: {error.strerror}. Name a folder of your own.") from None
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Indented for readers. NaN becomes null."""
     write_private(path, hide_secrets(json.dumps(json.loads(encode(value)), indent=2, ensure_ascii=False)) + "\n")
